@@ -1,0 +1,40 @@
+# One command each; `make help` lists them. Everything runs in .venv, which the first command makes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# PYTHON=/path/to/python3.11 chooses the interpreter; by default tools/setup_env.sh finds one.
+export PYTHON
+
+.PHONY: help setup quickstart test test-all lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## make .venv: CPU torch, or CUDA torch where nvidia-smi finds a GPU
+	@:
+
+$(STAMP): setup.py pyproject.toml constraints-cpu.txt tools/setup_env.sh
+	@tools/setup_env.sh $(VENV)
+	@touch $@
+
+quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score it (10 minutes)
+	@$(PY) examples/quickstart/quickstart.py $(ARGS)
+
+test: $(STAMP) ## the tests of every change: no GPU, within 15 minutes on 2 cores
+	@$(PY) -m pytest -m 'not gpu and not slow' -rs --durations=15 $(ARGS)
+
+test-all: $(STAMP) ## also the slow ones: every parallel layout; and the GPU ones where there is a GPU
+	@$(PY) -m pytest -rs --durations=15 $(ARGS)
+
+lint: $(STAMP) ## ruff, if installed: .venv/bin/pip install ruff
+	@$(PY) -m ruff check .
+
+clean: ## remove .venv, caches and the quickstart's run
+	rm -rf $(VENV) runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

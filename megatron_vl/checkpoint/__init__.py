@@ -1,0 +1,1 @@
+"""Weights in and out: the name table, Hugging Face checkpoints, saved runs."""

@@ -1,0 +1,1 @@
+"""What a run is: one dataclass per section, read strictly from YAML and `section.key=value`. No torch."""

@@ -1,0 +1,195 @@
+"""The description of a run, section by section. YAML keys are the attribute names.
+
+`RunConfig()` is a legal description of the released 10B model with neutral training settings. Rules that
+concern one key stand beside it and are checked on loading; rules between keys are in `plan/checks.py`.
+Parallel keys carry Megatron's names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vl.config.key import key
+from megatron_vl.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is cut over ranks. The data-parallel size follows from the world size."""
+
+    tensor_model_parallel_size: int = key("ranks that share every matrix product", 1, at_least=1)
+    pipeline_model_parallel_size: int = key("ranks that hold consecutive layers", 1, at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = key(
+        "chunks of layers per pipeline rank (interleaved schedule); none = one", None, at_least=1
+    )
+    context_parallel_size: int = key("ranks that share the tokens of a row", 1, at_least=1)
+    sequence_parallel: bool = key("shard norms and residuals over the tensor-parallel ranks by token", False)
+    pipeline_decoder_layers: list[int] | None = key(
+        "decoder layers of each virtual stage in pipeline order; none = balanced by the plan",
+        None,
+        at_least=0,
+    )
+    vision_placement: str = key(
+        "data: views are shared out over TP x CP, every rank with the whole tower; tensor: the tower is "
+        "sharded over TP",
+        "data",
+        choices=("data", "tensor"),
+    )
+    use_distributed_optimizer: bool = key("shard optimizer state and fp32 weights over DP x CP", True)
+    overlap_grad_reduce: bool = key("reduce gradients while the backward pass runs", False)
+    overlap_param_gather: bool = key("gather weights while the forward pass runs", False)
+    device: str = key("where to run; auto = cuda when there is one", "auto", choices=("auto", "cpu", "cuda"))
+    layer_backend: str = key(
+        "who supplies the layers; auto = transformer_engine on cuda when installed",
+        "auto",
+        choices=("auto", "torch", "transformer_engine"),
+    )
+    timeout_seconds: int = key(
+        "how long a collective may wait before the run ends with an error", 600, at_least=1
+    )
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """Model chunks on each pipeline rank, 1 without interleaving."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP x CP x PP."""
+        return (
+            self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+        )
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    params: str = key(
+        "weights and compute; auto = bf16 on cuda, fp32 on cpu", "auto", choices=("auto", "fp32", "bf16")
+    )
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass instead of kept; tower and decoder apart."""
+
+    decoder: str = key(
+        "none; selective = core attention only; full = whole layers",
+        "none",
+        choices=("none", "selective", "full"),
+    )
+    decoder_num_layers: int = key("layers per recomputed group, for full", 1, at_least=1)
+    vision: str = key("none; full = whole blocks of the tower", "none", choices=("none", "full"))
+    vision_num_layers: int = key("blocks per recomputed group, for full", 1, at_least=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they become rows and views. Relative paths: from the working folder."""
+
+    train: list[str] = key("JSONL files of training conversations", factory=list)
+    eval: list[str] = key("JSONL files of held-out conversations", factory=list)
+    data_root: str = key("folder that image paths are relative to and may not leave", ".")
+    seq_length: int = key("tokens per row", 4096, at_least=1)
+    seed: int = key("seed of the sample order", 1234, at_least=0)
+    tokenizer: str = key("tokenizer.json, or a SentencePiece .model", "")
+    loss_on: str = key(
+        "which tokens are learnt: every assistant turn, the last one, or all text",
+        "assistant",
+        choices=("assistant", "assistant_last", "all_text"),
+    )
+    boundary_rule: str = key(
+        "is an image whose longer side equals the global view small (le) or large (lt, newer vLLM)",
+        "le",
+        choices=("le", "lt"),
+    )
+    alpha: str = key(
+        "transparent images: laid over white, or alpha dropped", "white", choices=("white", "drop")
+    )
+    max_crops: int | None = key("images with more crops are refused; none = no limit", 36, at_least=0)
+    max_aspect_ratio: float | None = key(
+        "images that are longer are refused; none = no limit", None, at_least=1
+    )
+    apply_exif: bool = key("apply the EXIF orientation before anything else", True)
+    max_image_pixels: int = key("images with more pixels are refused unread", 178_956_970, at_least=1)
+    num_workers: int = key("loading processes per rank; 0 = load in the training process", 1, at_least=0)
+    prefetch: int = key("micro-batches that each worker prepares ahead", 2, at_least=1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer. Learning rates are in `schedule`."""
+
+    optimizer: str = key("update rule", "adamw", choices=("adamw",))
+    adam_beta1: float = key("decay of the gradient average", 0.9, at_least=0, below=1)
+    adam_beta2: float = key("decay of the squared-gradient average", 0.95, at_least=0, below=1)
+    adam_eps: float = key("added to the root of the second moment", 1e-8, above=0)
+    weight_decay: float = key("decoupled weight decay of matrices", 0.01, at_least=0)
+    clip_grad: float = key("largest global gradient norm; 0 = no clipping", 1.0, at_least=0)
+    vision_lr_scale: float = key("learning rate of the vision part, times this", 1.0, at_least=0)
+    projector_lr_scale: float = key("learning rate of the projector, times this", 1.0, at_least=0)
+
+
+@dataclass(frozen=True)
+class LrPhase:
+    """One stretch of the learning-rate schedule."""
+
+    tokens: int = key("length of the phase in tokens", at_least=1)
+    lr_start: float = key("learning rate at its start", at_least=0)
+    lr_end: float = key("learning rate at its end", at_least=0)
+    style: str = key("shape between the two", "cosine", choices=("cosine", "linear", "constant"))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a function of the tokens consumed."""
+
+    warmup_tokens: int = key("linear warm-up from 0, at the beginning of the first phase", 0, at_least=0)
+    phases: list[LrPhase] = key("phases, one after the other", factory=list)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all phases together."""
+        return sum(phase.tokens for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Batch, length of the run, evaluation, logging."""
+
+    micro_batch_size: int = key("rows of one forward pass on one data-parallel rank", 1, at_least=1)
+    global_batch_size: int = key("rows of one optimizer step over all ranks", 8, at_least=1)
+    train_steps: int | None = key("length of the run in steps; none = see train_tokens", None, at_least=1)
+    train_tokens: int | None = key(
+        "length of the run in tokens; none = train_steps, or the whole schedule", None, at_least=1
+    )
+    eval_interval: int = key("steps between evaluations; 0 = never", 0, at_least=0)
+    eval_samples: int = key("held-out samples of one evaluation; 0 = all", 0, at_least=0)
+    seed: int = key("seed of initialisation and dropout", 1234, at_least=0)
+    init_from_hf: str | None = key("folder in the released layout to take the first weights from", None)
+    log_interval: int = key("steps between console lines", 1, at_least=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving. Resuming from the newest checkpoint of the run folder is automatic."""
+
+    save_interval: int = key("steps between checkpoints; 0 = none on the way", 0, at_least=0)
+    save_at_end: bool = key("save after the last step", True)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run."""
+
+    model: ModelConfig = key("the model", factory=ModelConfig)
+    parallel: ParallelConfig = key("layout over ranks", factory=ParallelConfig)
+    precision: PrecisionConfig = key("number formats", factory=PrecisionConfig)
+    recompute: RecomputeConfig = key("activation recomputation", factory=RecomputeConfig)
+    data: DataConfig = key("samples", factory=DataConfig)
+    optim: OptimConfig = key("optimizer", factory=OptimConfig)
+    schedule: ScheduleConfig = key("learning rate", factory=ScheduleConfig)
+    train: TrainConfig = key("batch and length", factory=TrainConfig)
+    checkpoint: CheckpointConfig = key("saving", factory=CheckpointConfig)
+    run_dir: str = key("folder of the run: resolved config, log, metrics, checkpoints", "runs/default")

@@ -1,0 +1,225 @@
+"""Micro-batches of one rank, step by step, prepared in the background by spawned processes.
+
+The only state is the number of the next step: a loader that is built with `start_step=k` continues exactly
+where another one stopped after step k - 1, in any layout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import DataConfig
+from megatron_vl.data.batch import MicroBatch, collate, empty_row
+from megatron_vl.data.jsonl import JsonlSource
+from megatron_vl.data.order import SampleOrder, rows_for_step
+from megatron_vl.data.rows import RowBuilder
+from megatron_vl.errors import DataError
+from megatron_vl.plan.vision_share import share_views
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of the data a rank takes.
+
+    dp_rank, dp_size: its data-parallel coordinate. vision_rank: its number among the vision_size ranks that
+    share out the views of a micro-batch; None on ranks without the tower, which decode nothing.
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    vision_rank: int | None = 0
+    vision_size: int = 1
+
+
+@dataclass
+class MicroBatches(Dataset):
+    """All micro-batches of one rank as a list: item step x M + m is number m of the M in a step.
+
+    num_samples: global sample numbers from this on are filler (an evaluation set that does not fill its last
+    step); None = the data are repeated for ever.
+    """
+
+    source: JsonlSource
+    order: SampleOrder
+    builder: RowBuilder
+    place: Place
+    micro_batch_size: int
+    global_batch_size: int
+    num_samples: int | None = None
+
+    @property
+    def per_step(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.place.dp_size)
+
+    def __getitem__(self, item: int) -> MicroBatch:
+        step, micro_batch = divmod(item, self.per_step)
+        place = self.place
+        numbers = rows_for_step(
+            step, self.global_batch_size, self.micro_batch_size, place.dp_rank, place.dp_size
+        )[micro_batch]
+        built = [
+            self.builder.build(self.source[self.order.index(number)])
+            if self.num_samples is None or number < self.num_samples
+            else (empty_row(""), [])
+            for number in numbers
+        ]
+        model = self.builder.model
+        batch = collate(
+            [row for row, _ in built],
+            self.builder.data.seq_length,
+            model.tokens.endoftext,
+            model.vision.image_size,
+            model.vision.crop_size,
+        )
+        if place.vision_rank is None:
+            return batch
+        share = share_views(batch.view_kinds, place.vision_size)[place.vision_rank]
+        return self.builder.with_pixels(batch, [images for _, images in built], share)
+
+
+class Loader:
+    """Hands out the micro-batches of one step after another.
+
+    `next_step()` returns the list of a step and moves on; StopIteration after `num_steps` steps in all (None
+    = no end). `step`: number of the next one. `wait_seconds`: how long the last `next_step` waited for data.
+    Raises DataError when a worker process dies or gives nothing for `timeout_seconds`.
+    """
+
+    def __init__(
+        self,
+        micro_batches: MicroBatches,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        timeout_seconds: float = 600,
+    ):
+        data = micro_batches.builder.data
+        self.micro_batches = micro_batches
+        self.step = start_step
+        self.num_steps = num_steps
+        self.wait_seconds = 0.0
+        self._numbers = _Numbers(self, micro_batches.per_step)
+        background = data.num_workers > 0
+        self._data_loader = DataLoader(
+            micro_batches,
+            batch_size=None,
+            sampler=self._numbers,
+            collate_fn=_unchanged,
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch if background else None,
+            multiprocessing_context="spawn" if background else None,
+            persistent_workers=background,
+            timeout=timeout_seconds if background else 0,
+        )
+        self._timeout_seconds = timeout_seconds
+        self._iterator: Iterator[MicroBatch] | None = None
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        return self.next_step()
+
+    def next_step(self) -> list[MicroBatch]:
+        """The micro-batches of step `self.step`, in order."""
+        if self.num_steps is not None and self.step >= self.num_steps:
+            raise StopIteration
+        begin = time.perf_counter()
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._data_loader)
+            batches = [next(self._iterator) for _ in range(self.micro_batches.per_step)]
+        except RuntimeError as error:
+            # PyTorch reports dead and silent workers as plain RuntimeErrors; "Caught ..." is one of a
+            # worker's own.
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise DataError(
+                f"loading of step {self.step} failed: {str(error).splitlines()[0]} A worker that is killed "
+                f"has mostly run out of memory; one that is silent for {self._timeout_seconds:g} s has "
+                "mostly lost its file system. data.num_workers=0 loads in the training process"
+            ) from error
+        self.step += 1
+        self.wait_seconds = time.perf_counter() - begin
+        return batches
+
+    def seek(self, step: int) -> None:
+        """Makes `step` the next one; the worker processes stay."""
+        self.step = step
+        self._iterator = None
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._iterator = None
+        self._data_loader = None
+        self.micro_batches.source.close()
+
+
+def train_loader(
+    data: DataConfig,
+    model: ModelConfig,
+    place: Place,
+    micro_batch_size: int,
+    global_batch_size: int,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    timeout_seconds: float = 600,
+) -> Loader:
+    """Loader over data.train: shuffled anew each epoch, without end unless num_steps is given."""
+    source = JsonlSource(data.train)
+    micro_batches = MicroBatches(
+        source,
+        SampleOrder(len(source), data.seed),
+        RowBuilder(data, model),
+        place,
+        micro_batch_size,
+        global_batch_size,
+    )
+    return Loader(micro_batches, start_step, num_steps, timeout_seconds)
+
+
+def eval_loader(
+    data: DataConfig,
+    model: ModelConfig,
+    place: Place,
+    micro_batch_size: int,
+    global_batch_size: int,
+    num_samples: int = 0,
+    timeout_seconds: float = 600,
+) -> Loader:
+    """Loader over the first num_samples of data.eval (0 = all) in file order; `seek(0)` restarts it."""
+    source = JsonlSource(data.eval)
+    count = min(num_samples, len(source)) if num_samples else len(source)
+    micro_batches = MicroBatches(
+        source,
+        SampleOrder(len(source), data.seed, shuffle=False),
+        RowBuilder(data, model),
+        place,
+        micro_batch_size,
+        global_batch_size,
+        num_samples=count,
+    )
+    return Loader(micro_batches, 0, -(-count // global_batch_size), timeout_seconds)
+
+
+class _Numbers:
+    """Sampler: item numbers from the loader's next step on, which is read when an iteration starts."""
+
+    def __init__(self, loader: Loader, per_step: int):
+        self._loader = loader
+        self._per_step = per_step
+
+    def __iter__(self) -> Iterator[int]:
+        item = self._loader.step * self._per_step
+        last = None if self._loader.num_steps is None else self._loader.num_steps * self._per_step
+        while last is None or item < last:
+            yield item
+            item += 1
+
+
+def _unchanged(batch: MicroBatch) -> MicroBatch:
+    return batch

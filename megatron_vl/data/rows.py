@@ -1,0 +1,140 @@
+"""From a line of JSONL to a row of ids with planned images, and from planned images to one rank's pixels.
+
+Building a row reads image headers only, so every rank of a model replica builds the same rows at little cost;
+pixels are decoded by the ranks that encode them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import DataConfig
+from megatron_vl.data.bad_samples import BadSample, SampleRefused
+from megatron_vl.data.batch import FailedView, MicroBatch, Row, check_image_slots, empty_row
+from megatron_vl.data.crops import CropPlan, CropRule
+from megatron_vl.data.decode import DecodeRule, PillowBackend
+from megatron_vl.data.image_checks import resolve_under
+from megatron_vl.data.jsonl import RawLine
+from megatron_vl.data.sample import Sample, parse_sample
+from megatron_vl.data.template import Template
+from megatron_vl.data.tokenizer import load_tokenizer
+from megatron_vl.errors import ImageRefused
+
+
+@dataclass(frozen=True)
+class PlannedImage:
+    """One image of a row: the file and its views. sample_id, source, line: in case that decoding fails."""
+
+    path: Path
+    plan: CropPlan
+    sample_id: str
+    source: str
+    line: int
+
+
+class RowBuilder:
+    """Turns raw lines into rows under the rules of a run. Never raises for a bad sample: its row is empty."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig):
+        tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
+        self.data = data
+        self.model = model
+        self.template = Template(tokenizer, model.tokens, model.vision, data.loss_on)
+        self.images = PillowBackend(
+            CropRule.for_model(model.vision.image_size, model.vision.crop_size, data.boundary_rule),
+            DecodeRule(data.alpha, data.apply_exif, data.max_image_pixels),
+            data.max_crops,
+            data.max_aspect_ratio,
+        )
+
+    def build(self, raw: RawLine) -> tuple[Row, list[PlannedImage]]:
+        """The row of one line and its images in order; a refused line gives an empty row with the reason.
+
+        Reasons: those of `parse_sample`, of the image headers (`image_checks.REASONS`), of the template, and
+        too_long. Raises DataError when ids and views of a good sample disagree, which is an error of ours.
+        """
+        sample_id = raw.default_id
+        try:
+            sample = parse_sample(raw.data, raw.default_id)
+            sample_id = sample.id
+            images = self._plan_images(sample, raw)
+            ids, labels = self.template.render(sample, [image.plan for image in images])
+            if len(ids) > self.data.seq_length:
+                raise SampleRefused(
+                    "too_long", f"{len(ids)} tokens, data.seq_length = {self.data.seq_length}"
+                )
+        except SampleRefused as refusal:
+            bad = BadSample(
+                refusal.sample_id or sample_id, raw.source, raw.line, refusal.reason, refusal.detail
+            )
+            return empty_row(bad.id, bad), []
+        row = Row(sample_id, ids, labels, tuple(kind for image in images for kind in image.plan.view_kinds))
+        vision = self.model.vision
+        check_image_slots(row, self.model.tokens.im_patch, vision.global_tokens, vision.crop_tokens)
+        return row, images
+
+    def _plan_images(self, sample: Sample, raw: RawLine) -> list[PlannedImage]:
+        planned = []
+        for image in sample.images:
+            try:
+                path = resolve_under(self.data.data_root, image.path)
+                plan = self.images.plan(self.images.header(path).size)
+            except ImageRefused as refusal:
+                raise SampleRefused(refusal.reason, _named(image.path, refusal)) from refusal
+            planned.append(PlannedImage(path, plan, sample.id, raw.source, raw.line))
+        return planned
+
+    def with_pixels(
+        self, batch: MicroBatch, images: Sequence[Sequence[PlannedImage]], share: Sequence[int]
+    ) -> MicroBatch:
+        """The micro-batch with the pixels of the views in `share`, crops first, then globals, each ascending.
+
+        images: per document of the batch. An image that cannot be decoded gives zeros and an entry in
+        `failed`.
+        """
+        wanted = set(share)
+        crops, globals_, failed = [batch.crop_pixels], [batch.global_pixels], []
+        first_view = 0
+        for document, document_images in enumerate(images):
+            for image in document_images:
+                global_view = first_view + image.plan.num_crops
+                my_crops = [view - first_view for view in range(first_view, global_view) if view in wanted]
+                if my_crops or global_view in wanted:
+                    pixels, refusal = self._decode(image, my_crops, global_view in wanted)
+                    globals_.append(pixels[0])
+                    crops.append(pixels[1])
+                    if refusal is not None:
+                        failed.append(FailedView(document, _record(image, refusal)))
+                first_view = global_view + 1
+        assert first_view == len(batch.view_kinds), (
+            f"{first_view} planned views, {len(batch.view_kinds)} in the batch"
+        )
+        return replace(batch, crop_pixels=torch.cat(crops), global_pixels=torch.cat(globals_), failed=failed)
+
+    def _decode(
+        self, image: PlannedImage, crops: list[int], with_global: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ImageRefused | None]:
+        """(global [0 or 1, 3, G, G], crops [n, 3, C, C]) and why they are zeros, if they are."""
+        try:
+            return self.images.views(image.path, image.plan, crops=crops, with_global=with_global), None
+        except ImageRefused as refusal:
+            large, small = self.images.crop_rule.global_size, self.images.crop_rule.crop_size
+            return (
+                torch.zeros(int(with_global), 3, large, large),
+                torch.zeros(len(crops), 3, small, small),
+            ), refusal
+
+
+def _record(image: PlannedImage, refusal: ImageRefused) -> BadSample:
+    detail = _named(str(image.path), refusal)
+    return BadSample(image.sample_id, image.source, image.line, refusal.reason, detail)
+
+
+def _named(path: str, refusal: ImageRefused) -> str:
+    shown = path if len(path) <= 120 else path[:117] + "..."
+    return refusal.detail if shown in refusal.detail else f"{shown}: {refusal.detail}"

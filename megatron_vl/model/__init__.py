@@ -1,0 +1,1 @@
+"""The STEP3-VL model on Megatron-Core parts."""

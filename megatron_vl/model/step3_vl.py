@@ -1,0 +1,189 @@
+"""One pipeline stage of STEP3-VL: tower and projector (first stage), decoder layers, head (last stage)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.model.attention import packed_params
+from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.projector import Projector
+from megatron_vl.model.vision_encoder import VisionEncoder
+from megatron_vl.parallel.context_parallel import gather_features, local_index
+from megatron_vl.parallel.groups import Groups
+from megatron_vl.plan.stages import Stage
+from megatron_vl.plan.vision_share import CROP, GLOBAL, gathered_order, share_views
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What one stage needs of a micro-batch, on the device. Rows are whole: a stage takes its own slice.
+
+    input_ids, labels: int64 ``[b, S]`` (labels shifted, -100 = not scored). bounds: padded document boundaries of
+    a packed row, None for dense rows; lengths: true document lengths. view_kinds: CROP or GLOBAL per view in
+    stream order. crop_pixels, global_pixels: ``[n, 3, side, side]``, this rank's share only.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    bounds: list[int] | None
+    lengths: list[int]
+    view_kinds: list[int]
+    crop_pixels: torch.Tensor
+    global_pixels: torch.Tensor
+    sample_ids: list[str]
+
+
+class Step3VL(MegatronModule):
+    """A chunk of the model for one (virtual) pipeline stage; its weights come from ``checkpoint/hf_load.py``."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        decoder: TransformerConfig,
+        vision: TransformerConfig,
+        stage: Stage,
+        backend: Backend,
+        groups: Groups,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(decoder)
+        self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
+        self.pre_process, self.post_process = stage.has_embedding, stage.has_head
+        self.share_embeddings_and_output_weights = False
+        self.vision_model = self.projector = None
+        if stage.has_vision:
+            alone = groups.alone
+            vision_tp = groups.tp if vision.tensor_model_parallel_size > 1 else alone
+            tower_groups = ProcessGroupCollection(tp=vision_tp, cp=alone, pp=alone)
+            self.vision_model = VisionEncoder(vision, model.vision, backend, tower_groups)
+            self.projector = Projector(vision, model.text.hidden_size, vision_tp)
+        layer = layer_spec(backend, causal=True, qk_norm=True)
+        self.language_model = GPTModel(
+            config=decoder,
+            transformer_layer_spec=block_spec(layer, len(stage.layers), backend),
+            vocab_size=padded_vocab(model.text.vocab_size, groups.tp.size()),
+            max_sequence_length=model.text.max_position_embeddings,
+            pre_process=stage.has_embedding,
+            post_process=stage.has_head,
+            position_embedding_type="rope",
+            rotary_base=model.text.rotary_base,
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=groups.megatron,
+            vp_stage=vp_stage,
+        )
+        self.model_type = self.language_model.model_type
+        self._mask_padded_vocab()
+        self._freeze()
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """Where Megatron-Core's schedules look for the layers."""
+        return self.language_model.decoder
+
+    def vision_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of tower and projector on this stage."""
+        modules = [m for m in (self.vision_model, self.projector) if m is not None]
+        return [p for module in modules for p in module.parameters()]
+
+    def _freeze(self) -> None:
+        frozen = (
+            (self.vision_model, self.model.freeze_vision),
+            (self.projector, self.model.freeze_projector),
+            (self.language_model, self.model.freeze_decoder),
+        )
+        for module, freeze in frozen:
+            if module is not None and freeze:
+                module.requires_grad_(False)
+
+    def _mask_padded_vocab(self) -> None:
+        """Rows that only pad the vocabulary to a multiple of TP get logit -inf: no probability, no gradient."""
+        if not self.post_process:
+            return
+        head = self.language_model.output_layer
+        first = self.groups.tp.rank() * head.output_size_per_partition
+        real = self.model.text.vocab_size - first
+        if real < head.output_size_per_partition:
+            keep = max(real, 0)
+
+            def mask(module, inputs, output):
+                logits, bias = output
+                padding = torch.arange(logits.shape[-1], device=logits.device) >= keep
+                return logits.masked_fill(padding, float("-inf")), bias
+
+            head.register_forward_hook(mask)
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Called by the pipeline schedules with the activation of the previous stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(self, inputs: StageInputs) -> torch.Tensor:
+        """Hidden states ``[S / cp (/ tp), b, h]``, on the last stage per-token losses ``[b, S / cp]`` fp32."""
+        cp = self.groups.cp
+        bounds = tuple(inputs.bounds or (0, inputs.input_ids.shape[1]))
+        index = local_index(bounds, cp.size(), cp.rank()).to(inputs.input_ids.device) if cp.size() > 1 else None
+        labels = inputs.labels if index is None else inputs.labels[:, index]
+        return self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=self._embed(inputs, index) if self.pre_process else None,
+            labels=labels.clamp(min=0) if self.post_process else None,
+            packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
+        )
+
+    def _embed(self, inputs: StageInputs, index: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings of this rank's positions with image features put in: ``[S / cp (/ tp), b, h]``."""
+        ids = inputs.input_ids if index is None else inputs.input_ids[:, index]
+        embeddings = self.language_model.embedding(input_ids=ids, position_ids=None)
+        features = self.encode_views(inputs)
+        count = 0 if features is None else features.shape[0]
+        slots = feature_slots(inputs.input_ids, index, self.model.tokens.im_patch, count, inputs.sample_ids)
+        if features is not None:
+            embeddings = put_features(embeddings, features, slots)
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
+        return embeddings
+
+    def encode_views(self, inputs: StageInputs) -> torch.Tensor | None:
+        """Projected features of all views of the micro-batch in stream order, ``[rows, h]``; None without views.
+
+        Each rank of the vision group encodes its share; a rank whose share is empty still takes part in the
+        exchange, and its tower gets no gradient there.
+        """
+        kinds = inputs.view_kinds
+        if not kinds:
+            return None
+        vision, group = self.model.vision, self.groups.vision
+        tokens = (vision.crop_tokens, vision.global_tokens)
+        assert (CROP, GLOBAL) == (0, 1), "kinds index the pair of token counts"
+        mine = [
+            self._project(pixels) for pixels in (inputs.crop_pixels, inputs.global_pixels) if pixels.shape[0] > 0
+        ]
+        device, dtype = inputs.input_ids.device, self.language_model.embedding.word_embeddings.weight.dtype
+        rows = torch.cat(mine) if mine else torch.zeros((0, self.config.hidden_size), device=device, dtype=dtype)
+        if not mine and torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters()):
+            rows.requires_grad_()  # the exchange must have a backward on every rank, or its peers wait for ever
+        counts = [sum(tokens[kinds[v]] for v in views) for views in share_views(kinds, group.size())]
+        features = gather_features(rows, counts, group, self.groups.cp)
+        order = torch.tensor(gathered_order(kinds, group.size(), tokens), device=device)
+        return features.index_select(0, order)
+
+    def _project(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[n, 3, side, side] -> [n * tokens, h]``, view by view."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.freeze_vision):
+            features = self.vision_model(pixels)
+        return self.projector(features).transpose(0, 1).flatten(0, 1)
+
+
+def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
+    """Vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel

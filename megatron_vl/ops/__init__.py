@@ -1,0 +1,1 @@
+"""Element-wise and fused operations, each with its PyTorch form."""

@@ -1,0 +1,1 @@
+"""Optimizer, parameter groups, learning rate by tokens."""

@@ -1,0 +1,56 @@
+"""The process groups of a rank, handed down to whoever communicates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_vl.plan.layout import Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """megatron: what Megatron-Core's parts take. vision: the ranks over which the views of a micro-batch are
+    shared out. replica: all ranks of one data-parallel replica. alone: this rank only.
+    """
+
+    megatron: ProcessGroupCollection
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    vision: dist.ProcessGroup
+    replica: dist.ProcessGroup
+    alone: dist.ProcessGroup
+
+
+def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
+    """Initialise Megatron-Core's parallel state and collect the groups; called by every rank."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=timeout_seconds / 60,
+        create_gloo_process_groups=False,
+    )
+    megatron = ProcessGroupCollection.use_mpu_process_groups()
+    rank = dist.get_rank()
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    replicas = [[r for r in range(layout.world_size) if layout.coords(r).dp == d] for d in range(layout.dp)]
+    replica = [dist.new_group(ranks) for ranks in replicas][layout.coords(rank).dp]
+    return Groups(
+        megatron=megatron,
+        tp=megatron.tp,
+        cp=megatron.cp,
+        pp=megatron.pp,
+        dp=megatron.dp,
+        dp_cp=megatron.dp_cp,
+        vision=megatron.tp_cp if layout.placement == "data" else megatron.cp,
+        replica=replica,
+        alone=alone,
+    )

@@ -1,0 +1,178 @@
+"""A reference file (format: golden/README.md) as documents with pixels, and as micro-batches of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
+from megatron_vl.errors import CheckpointError
+from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.sequence import row_multiple
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+
+PIXEL_SCALE = 32.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """tensors: everything in the file, float32 or integer. samples: number of samples."""
+
+    tensors: dict[str, torch.Tensor]
+    samples: int
+
+    def names(self, prefix: str) -> list[str]:
+        """Names below ``prefix`` with the prefix taken off."""
+        return [n[len(prefix) :] for n in self.tensors if n.startswith(prefix)]
+
+
+def read_reference(path: str | Path) -> Reference:
+    """Read the file.
+
+    Raises:
+        CheckpointError: not a safetensors file, or without the inputs that the format asks for.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    samples = 0
+    while f"inputs.sample{samples}.input_ids" in tensors:
+        samples += 1
+    wanted = ["inputs.global_pixels_times_32", "inputs.crop_pixels_times_32", "inputs.num_crops"]
+    wanted += ["inputs.images_per_sample", "outputs.loss"]
+    wanted += [f"inputs.sample{i}.{name}" for i in range(max(samples, 1)) for name in ("input_ids", "targets")]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{path}: not a reference file (golden/README.md), missing {', '.join(missing)}")
+    return Reference(tensors, samples)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sample: ids, targets (already shifted), and its views with pixels in stream order."""
+
+    number: int
+    ids: np.ndarray
+    targets: np.ndarray
+    kinds: list[int]
+    pixels: list[torch.Tensor]
+
+
+def documents(reference: Reference) -> list[Document]:
+    """The samples of the file, images shared out by ``images_per_sample``."""
+    t = reference.tensors
+    crops_of, images_of = t["inputs.num_crops"].tolist(), t["inputs.images_per_sample"].tolist()
+    crops = t["inputs.crop_pixels_times_32"].float() / PIXEL_SCALE
+    whole = t["inputs.global_pixels_times_32"].float() / PIXEL_SCALE
+    found, image, crop = [], 0, 0
+    for i in range(reference.samples):
+        kinds, pixels = [], []
+        for _ in range(int(images_of[i])):
+            count = int(crops_of[image])
+            kinds += [CROP] * count + [GLOBAL]
+            pixels += [*crops[crop : crop + count], whole[image]]
+            image, crop = image + 1, crop + count
+        ids, targets = (t[f"inputs.sample{i}.{n}"].numpy().astype(np.int64) for n in ("input_ids", "targets"))
+        found.append(Document(i, ids, targets, kinds, pixels))
+    return found
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a sample went: data-parallel rank, micro-batch, row, first token, and its first view there."""
+
+    number: int
+    dp: int
+    micro_batch: int
+    row: int
+    start: int
+    first_view: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Batches:
+    """rows[dp][micro_batch]: documents of the row(s). seq_length: one for all. placed: where each sample is."""
+
+    rows: list[list[list[list[Document]]]]
+    seq_length: int
+    packed: bool
+    placed: list[Placed]
+
+
+def arrange(docs: Sequence[Document], layout: Layout, packed: bool) -> Batches:
+    """Spread the samples over data-parallel ranks and micro-batches.
+
+    Dense: one sample per row. Packed: two samples per row. What does not fill the layout (DP ranks, or the
+    micro-batches that the interleaved schedule wants) is completed by fully masked rows.
+    """
+    multiple = row_multiple(layout.tp, layout.cp, layout.sp)
+    per_row = 2 if packed else 1
+    groups = [list(docs[i : i + per_row]) for i in range(0, len(docs), per_row)]
+    rounds = -(-len(groups) // layout.dp)
+    if layout.vpp > 1:
+        rounds = -(-rounds // layout.pp) * layout.pp
+    groups += [[] for _ in range(layout.dp * rounds - len(groups))]
+    rows = [[[groups[m * layout.dp + d]] for m in range(rounds)] for d in range(layout.dp)]
+
+    def padded(length: int) -> int:
+        return -(-length // multiple) * multiple
+
+    seq_length = max(sum(padded(len(d.ids)) for d in group) for group in groups)
+    if packed:  # room for filler behind the last document: real rows are rarely full
+        seq_length += multiple
+    placed = []
+    for d in range(layout.dp):
+        for m in range(rounds):
+            start = views = 0
+            for doc in rows[d][m][0]:
+                placed.append(Placed(doc.number, d, m, 0, start, views, len(doc.ids)))
+                start += padded(len(doc.ids))
+                views += len(doc.kinds)
+    return Batches(rows, seq_length, packed, placed)
+
+
+def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: int) -> list[MicroBatch]:
+    """What ``rank`` is fed: whole rows, and the pixels of its own share of the views."""
+    coords = layout.coords(rank)
+    made = []
+    for groups in batches.rows[coords.dp]:
+        docs = [doc for group in groups for doc in group]
+        rows = [_row(doc) for doc in docs] or [empty_row("")]
+        sizes = (model.vision.image_size, model.vision.crop_size)
+        if batches.packed:
+            multiple = row_multiple(layout.tp, layout.cp, layout.sp)
+            batch = pack(rows, batches.seq_length, multiple, model.tokens.endoftext, *sizes)
+        else:
+            batch = collate(rows, batches.seq_length, model.tokens.endoftext, *sizes)
+        made.append(_with_pixels(batch, docs, layout, rank))
+    return made
+
+
+def _row(doc: Document) -> Row:
+    # Row wants unshifted labels: put each target back behind its position
+    labels = np.concatenate([[-100], doc.targets[:-1]])
+    return Row(f"sample{doc.number}", doc.ids, labels, tuple(doc.kinds))
+
+
+def _with_pixels(batch: MicroBatch, docs: Sequence[Document], layout: Layout, rank: int) -> MicroBatch:
+    coords = layout.coords(rank)
+    if coords.pp != 0 or not batch.view_kinds:
+        return batch
+    pixels = [p for doc in docs for p in doc.pixels]
+    mine = share_views(batch.view_kinds, layout.vision_size)[layout.vision_rank(coords)]
+    crops = [pixels[v] for v in mine if batch.view_kinds[v] == CROP]
+    whole = [pixels[v] for v in mine if batch.view_kinds[v] == GLOBAL]
+    return replace(
+        batch,
+        crop_pixels=torch.stack(crops) if crops else batch.crop_pixels,
+        global_pixels=torch.stack(whole) if whole else batch.global_pixels,
+    )

@@ -1,0 +1,1 @@
+"""What follows from a configuration, as pure functions: layout, stages, sharing of views, cost. No torch."""

@@ -1,0 +1,81 @@
+"""From the description of a run to its live parts: model chunks, DDP, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vl.checkpoint.hf_load import load_weights
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.backend import Backend, choose_backend
+from megatron_vl.model.step3_vl import Step3VL
+from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
+from megatron_vl.optim.build import build_optimizer
+from megatron_vl.parallel.runtime import Runtime, parameter_dtype
+from megatron_vl.plan.stages import Stage, plan_stages
+
+
+@dataclass
+class Parts:
+    """The live parts of a run on one rank.
+
+    chunks: DDP-wrapped, one per virtual stage. stages: the description of each. optimizer: None for evaluation.
+    """
+
+    config: RunConfig
+    runtime: Runtime
+    backend: Backend
+    decoder_config: TransformerConfig
+    stages: list[Stage]
+    chunks: list[torch.nn.Module]
+    dtype: torch.dtype
+    optimizer: MegatronOptimizer | None
+
+
+def build(
+    config: RunConfig, runtime: Runtime, source: Callable[[str], torch.Tensor], with_optimizer: bool = True
+) -> Parts:
+    """Build this rank's part of the model and fill it.
+
+    source: released tensor name -> whole tensor (a checkpoint directory, or fresh weights).
+    """
+    parallel, model = config.parallel, config.model
+    backend = choose_backend(parallel.layer_backend)
+    dtype = parameter_dtype(config.precision.params, runtime.device)
+    numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
+    stages = plan_stages(
+        model.text.num_layers, runtime.layout.pp, runtime.layout.vpp, parallel.pipeline_decoder_layers
+    )
+    decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
+    vision = vision_config(model, parallel, config.recompute, numerics)
+    mine = stages[runtime.coords.pp]
+    bare = [
+        Step3VL(model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None)
+        for i, stage in enumerate(mine)
+    ]
+    for chunk in bare:
+        chunk.to(runtime.device)
+    tp = (runtime.layout.tp, runtime.coords.tp)
+    load_weights(bare, mine, model, source, tp, tp if parallel.vision_placement == "tensor" else (1, 0))
+    chunks = [_wrap(chunk, decoder, config, first=i == 0) for i, chunk in enumerate(bare)]
+    optimizer = None
+    if with_optimizer:
+        optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
+    return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer)
+
+
+def _wrap(chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool) -> DistributedDataParallel:
+    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP."""
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        average_in_collective=False,
+    )
+    return DistributedDataParallel(decoder, options, chunk, disable_bucketing=not first)

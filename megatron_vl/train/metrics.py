@@ -1,0 +1,142 @@
+"""What a step did, for the console and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.parallel.runtime import Runtime
+from megatron_vl.plan.cost import peak_flops, sample_flops, tower_and_decoder, train_flops
+from megatron_vl.train.step import StepResult
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Times in s, memory in bytes, rates over the whole step.
+
+    tokens: consumed row tokens (padding included), which drive the schedule. text_tokens: real tokens of this
+    step. tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no
+    recomputation) per second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    text_tokens: int
+    loss_tokens: int
+    step_seconds: float
+    data_wait_seconds: float
+    tokens_per_second_per_gpu: float
+    model_tflops: float
+    mfu: float
+    tower_share: float
+    images: int
+    crops: int
+    memory_bytes: int
+    bad_samples: int
+    eta_seconds: float
+
+
+class Meter:
+    """Turns steps into metrics, alike on every rank (one reduction per step)."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime, total_steps: int) -> None:
+        self.config, self.runtime, self.total_steps = config, runtime, total_steps
+        self.peak = device_peak(runtime)
+        self._recent: list[float] = []
+
+    def measure(
+        self, step: int, tokens: int, lr: float, result: StepResult, batches: Sequence[MicroBatch],
+        seconds: float, waited: float, bad_samples: int,
+    ) -> StepMetrics:  # fmt: skip
+        """Metrics of step number ``step`` (from 1). Every rank calls it."""
+        tower, decoder = step_flops(self.config, batches)
+        counts = [sum(b.num_tokens for b in batches), sum(b.num_images for b in batches), sum(b.num_crops for b in batches)]
+        sums = torch.tensor([tower, decoder, *counts], dtype=torch.float64, device=self.runtime.device)
+        dist.all_reduce(sums, group=self.runtime.groups.dp)
+        worst = torch.tensor([waited, float(memory_in_use(self.runtime.device)), seconds], dtype=torch.float64,
+                             device=self.runtime.device)  # fmt: skip
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        tower, decoder, text_tokens, images, crops = sums.tolist()
+        waited, memory, seconds = worst.tolist()
+        self._recent = [*self._recent[-19:], seconds]
+        ranks = self.runtime.layout.world_size
+        rate = (tower + decoder) / seconds / ranks
+        return StepMetrics(
+            step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=tokens,
+            text_tokens=int(text_tokens), loss_tokens=result.tokens, step_seconds=seconds, data_wait_seconds=waited,
+            tokens_per_second_per_gpu=text_tokens / seconds / ranks, model_tflops=rate / 1e12, mfu=rate / self.peak,
+            tower_share=tower / max(tower + decoder, 1.0), images=int(images), crops=int(crops),
+            memory_bytes=int(memory), bad_samples=bad_samples,
+            eta_seconds=(self.total_steps - step) * sorted(self._recent)[len(self._recent) // 2],
+        )  # fmt: skip
+
+
+def step_flops(config: RunConfig, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+    """Model FLOPs (tower, decoder) of one replica's step: documents and views as they are, no padding."""
+    totals = [0.0, 0.0]
+    for batch in batches:
+        forward = sample_flops(config.model, batch.view_kinds, batch.doc_lengths)
+        for i, part in enumerate(tower_and_decoder(train_flops(config.model, forward))):
+            totals[i] += part
+    return totals[0], totals[1]
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: peak allocation on CUDA, resident size of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def device_peak(runtime: Runtime) -> float:
+    """FLOP/s of one rank that MFU is a share of: the data sheet's on CUDA, a measured GEMM on CPU.
+
+    On a CUDA device that plan/cost.py does not list, the GEMM is measured as well. All ranks measure at once,
+    since they share the machine.
+    """
+    if runtime.device.type == "cuda":
+        listed = peak_flops(torch.cuda.get_device_name(runtime.device))
+        if listed:
+            return listed
+    return measured_gemm_rate(runtime)
+
+
+def measured_gemm_rate(runtime: Runtime, size: int = 512, repeats: int = 8) -> float:
+    """Best of ``repeats`` square matrix products on every rank at once, averaged over ranks, FLOP/s."""
+    a = torch.randn(size, size, device=runtime.device)
+    dist.barrier()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - begin)
+    rate = torch.tensor([2.0 * size**3 / best], dtype=torch.float64, device=runtime.device)
+    dist.all_reduce(rate)
+    return rate.item() / runtime.layout.world_size
+
+
+class MetricsFile:
+    """metrics.jsonl of the run folder; only the writing rank has one. A resumed run cuts off repeated steps."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, record: StepMetrics | dict) -> None:
+        """Append one record."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record if isinstance(record, dict) else asdict(record)) + "\n")

@@ -1,0 +1,92 @@
+"""Everything a training loop needs, built once from the description of the run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_vl.checkpoint.hf_load import HFCheckpoint
+from megatron_vl.checkpoint.initialize import FreshWeights
+from megatron_vl.checkpoint.saved import Progress, newest, restore
+from megatron_vl.config.load import LoadedRun
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.bad_samples import BadSampleLog
+from megatron_vl.data.loader import eval_loader, train_loader
+from megatron_vl.errors import CheckpointError
+from megatron_vl.parallel.runtime import Phase, Runtime
+from megatron_vl.plan.budget import total_steps
+from megatron_vl.train.build import build
+from megatron_vl.train.console import startup_report
+from megatron_vl.train.feed import Feed, place_of
+from megatron_vl.train.loop import Run
+from megatron_vl.train.metrics import Meter, MetricsFile
+from megatron_vl.train.pretrain import write_resolved
+
+
+def weight_source(config: RunConfig) -> Callable[[str], torch.Tensor]:
+    """Where the first weights come from: ``train.init_from_hf``, or fresh ones from ``train.seed``."""
+    if config.train.init_from_hf is None:
+        return FreshWeights(config.model, config.train.seed)
+    checkpoint = HFCheckpoint(config.train.init_from_hf)
+    checkpoint.check(config.model)
+    return checkpoint.tensor
+
+
+def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
+    """Build model, optimizer, feeds and meters of this rank, and print the start-up report on rank 0."""
+    config = loaded.config
+    folder = Path(config.run_dir)
+    first = runtime.rank == 0
+
+    def say(text: str) -> None:
+        if first:
+            print(text, flush=True)
+
+    phase.name = "building the model"
+    parts = build(config, runtime, weight_source(config))
+    phase.name = "opening the data"
+    batch = (config.train.micro_batch_size, config.train.global_batch_size)
+    place, timeout = place_of(runtime), config.parallel.timeout_seconds
+    steps = total_steps(config)
+    loader = train_loader(config.data, config.model, place, *batch, num_steps=steps, timeout_seconds=timeout)
+    log = BadSampleLog(str(folder / "bad_samples.jsonl"), write=first)
+    eval_feed = None
+    if config.train.eval_interval:
+        evaluation = eval_loader(
+            config.data, config.model, place, *batch, num_samples=config.train.eval_samples, timeout_seconds=timeout
+        )
+        eval_feed = Feed(evaluation, runtime, None)
+    meter = Meter(config, runtime, steps)
+    if first:
+        write_resolved(folder, loaded)
+    say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, meter.peak)))
+    return Run(parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps)
+
+
+def resume(run: Run) -> Progress:
+    """Continue from the newest checkpoint of the run folder, or start at step 0.
+
+    Raises:
+        CheckpointError: the sample files are not those that the checkpoint was trained on.
+    """
+    run.phase.name = "resuming"
+    parts, loader = run.parts, run.feed.loader
+    data = str(loader.micro_batches.source.describe())
+    checkpoint = newest(run.folder / "checkpoints")
+    progress = Progress(0, 0, data)
+    if checkpoint is not None:
+        progress = restore(checkpoint, parts.runtime.layout, parts.chunks, parts.optimizer)
+        if progress.data != data:
+            raise CheckpointError(
+                f"{checkpoint} was trained on {progress.data}, data.train is now {data}: the sample order would "
+                "change silently; use another run_dir, or the same files"
+            )
+        run.say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+    loader.seek(progress.step)
+    if parts.runtime.rank == 0:
+        run.file = MetricsFile(run.folder / "metrics.jsonl", progress.step)
+    sys.stdout.flush()
+    return progress

@@ -1,0 +1,153 @@
+"""One optimizer step: forward and backward over the micro-batches, gradients finished, clipped, applied.
+
+Everything that trains (pre-training, SFT, parity checks, benchmarks) runs this step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vl.data.batch import MicroBatch
+from megatron_vl.model.step3_vl import StageInputs
+from megatron_vl.optim.build import set_learning_rate
+from megatron_vl.parallel.context_parallel import local_index
+from megatron_vl.train.build import Parts
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the ``tokens`` scored tokens of the global batch. grad_norm: before clipping."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+
+
+def stage_inputs(batch: MicroBatch, device: torch.device) -> StageInputs:
+    """Move a micro-batch to the device."""
+    return StageInputs(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
+        bounds=batch.cu_seqlens,
+        lengths=batch.doc_lengths,
+        view_kinds=batch.view_kinds,
+        crop_pixels=batch.crop_pixels.to(device, non_blocking=True),
+        global_pixels=batch.global_pixels.to(device, non_blocking=True),
+        sample_ids=batch.sample_ids,
+    )
+
+
+def token_losses(losses: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss contract of Megatron-Core's schedules: (sum, token count, report), never a mean.
+
+    losses: fp32 ``[b, S / cp]``; labels: the same positions, -100 = not scored. The one division, by the count
+    summed over micro-batches, DP and CP, is in ``finalize_model_grads``; a rank whose tokens are all masked
+    contributes 0 / 0 nowhere. The report is fp64 (sum, count).
+    """
+    scored = labels != -100
+    kept = torch.where(scored, losses, torch.zeros_like(losses))
+    count = scored.sum()
+    return kept.sum(), count.to(torch.int), torch.stack([kept.detach().double().sum(), count.double()])
+
+
+def forward_step(parts: Parts, batches: Iterator[MicroBatch], model: torch.nn.Module):
+    """Megatron-Core's forward step: one micro-batch through one chunk, and what to do with its output."""
+    inputs = stage_inputs(next(batches), parts.runtime.device)
+    groups = parts.runtime.groups
+    labels = inputs.labels
+    if groups.cp.size() > 1:
+        bounds = tuple(inputs.bounds or (0, labels.shape[1]))
+        labels = labels[:, local_index(bounds, groups.cp.size(), groups.cp.rank()).to(labels.device)]
+    return model(inputs), partial(token_losses, labels=labels)
+
+
+def finish_gradients(parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, **_: object):
+    """Megatron-Core's reductions, then the sum that it does not know of.
+
+    In placement ``data`` each TP rank has encoded its own views with its own copy of the tower, so the copies'
+    gradients are parts of one sum over TP (design/megatron_core.md 5.1). It is linear, so it may follow the
+    division by the token count.
+    """
+    finalize_model_grads(list(chunks), num_tokens, pg_collection=parts.runtime.groups.megatron)
+    tp = parts.runtime.groups.tp
+    if parts.config.parallel.vision_placement != "data" or tp.size() == 1:
+        return
+    for chunk in chunks:
+        gradients = [p.main_grad for p in chunk.module.vision_parameters() if p.requires_grad]
+        if gradients:
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            dist.all_reduce(flat, group=tp)
+            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
+                gradient.copy_(summed)
+
+
+def forward_backward(parts: Parts, batches: Sequence[MicroBatch], forward_only: bool = False) -> tuple[float, int]:
+    """Run all micro-batches of this data-parallel rank; gradients are summed, finished and divided.
+
+    Returns (loss, tokens) of the global batch, equal on every rank: mean loss over all scored tokens.
+    """
+    seq_length, micro_batch = batches[0].input_ids.shape[1], batches[0].input_ids.shape[0]
+    parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
+    chunks = parts.chunks
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, parts),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch,
+        forward_only=forward_only,
+    )
+    return global_loss(parts, reports)
+
+
+def global_loss(parts: Parts, reports: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """(mean loss, token count) over micro-batches, DP and CP, sent from the last stage to all."""
+    groups = parts.runtime.groups
+    total = torch.zeros(2, dtype=torch.float64, device=parts.runtime.device)
+    for report in reports:
+        total += report
+    if parts.runtime.is_last_stage:
+        dist.all_reduce(total, group=groups.dp_cp)
+    last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+    dist.broadcast(total, src=last, group=groups.pp)
+    loss_sum, count = total.tolist()
+    return loss_sum / max(count, 1.0), int(count)
+
+
+def train_step(parts: Parts, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    """One optimizer step over the micro-batches of this data-parallel rank.
+
+    Raises:
+        FloatingPointError: the loss is not finite (the weights are untouched then), or the gradient norm is not.
+    """
+    for chunk in parts.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    parts.optimizer.zero_grad()
+    loss, tokens = forward_backward(parts, batches)
+    if not math.isfinite(loss):
+        names = [name for batch in batches for name in batch.sample_ids]
+        raise FloatingPointError(f"loss {loss} over {tokens} tokens; samples on this rank: {names}")
+    set_learning_rate(parts.optimizer, lr, parts.config.optim.weight_decay)
+    _, grad_norm, _ = parts.optimizer.step()
+    norm = float(grad_norm if grad_norm is not None else 0.0)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm {norm} with loss {loss}")
+    return StepResult(loss, tokens, norm)
+
+
+@torch.no_grad()
+def evaluate_loss(parts: Parts, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    """(mean loss, tokens) of the global batch without gradients."""
+    for chunk in parts.chunks:
+        chunk.eval()
+    return forward_backward(parts, batches, forward_only=True)

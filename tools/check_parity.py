@@ -1,0 +1,63 @@
+"""Compare every parallel layout with a reference: forward, loss and the gradient of every weight.
+
+    python tools/check_parity.py --hf DIR --reference FILE.safetensors [--layouts all|tp2,pp2,...] [--json OUT]
+
+Exit code 0: every row is ok or refused by a rule; 1: something is over its bound; 2: bad arguments or files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from megatron_vl.errors import MegatronVLError
+from megatron_vl.parity.check import Row, check_all, make_cases, make_setting, parser, write_json
+
+COLUMNS = "{:<14}{:<10}{:<8}{:<9}{:>10}{:>12}{:>12}  {:<52}{:>8}"
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def line(row: Row) -> str:
+    """One row of the printed table."""
+    text = COLUMNS.format(
+        row.layout, row.placement, row.format, row.status, shown(row.loss_rel), shown(row.logits_rel),
+        shown(row.worst_grad), row.worst_name, shown(row.steps_rel),
+    )  # fmt: skip
+    more = [row.rule] if row.rule else []
+    more += [f"first to diverge: {row.diverged}"] if row.diverged not in ("", "nothing") else []
+    return "\n".join([text.rstrip(), *(f"    {m}" for m in more)])
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        if args.device == "auto":
+            import torch
+
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        setting = make_setting(args)
+        cases = make_cases(args.layouts, args.placements, args.formats, args.device)
+    except MegatronVLError as error:
+        print(f"check_parity: {error}", file=sys.stderr)
+        return 2
+    print(COLUMNS.format("layout", "placement", "format", "status", "loss_rel", "logits_rel", "worst_grad",
+                         "worst_name", "steps"))  # fmt: skip
+    rows = []
+    for row in check_all(setting, cases, args.device):
+        rows.append(row)
+        print(line(row), flush=True)
+    if args.json:
+        write_json(args.json, rows)
+    count = {s: sum(r.status == s for r in rows) for s in ("ok", "failed", "refused")}
+    print(f"{count['ok']} ok, {count['failed']} failed, {count['refused']} refused, "
+          f"{sum(r.seconds for r in rows):.0f} s")  # fmt: skip
+    return 1 if count["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

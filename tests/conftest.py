@@ -13,9 +13,12 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # No test may reach out for tokenizers, models or data.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+from tests.fixtures.world import KeptWorld  # noqa: E402
 
 
 def has_cuda() -> bool:
@@ -37,3 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repo_root() -> Path:
     """The checkout the tests run from: tools/ and examples/ are not part of the installed package."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[KeptWorld]:
+    """Eight spawned gloo ranks that all tests share; they start with the first job and again after a breakdown."""
+    kept = KeptWorld()
+    yield kept
+    kept.close()

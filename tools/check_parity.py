@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A clone runs its own code, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_vl.errors import MegatronVLError
-from megatron_vl.parity.check import Row, check_all, make_cases, make_setting, parser, write_json
+from megatron_vl.errors import ConfigError, MegatronVLError  # noqa: E402
+from megatron_vl.parity.check import (  # noqa: E402
+    Row,
+    check_all,
+    make_cases,
+    make_setting,
+    parser,
+    write_json,
+)
 
 COLUMNS = "{:<14}{:<10}{:<8}{:<9}{:>10}{:>12}{:>12}  {:<52}{:>8}"
 
@@ -42,6 +52,8 @@ def main() -> int:
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         setting = make_setting(args)
         cases = make_cases(args.layouts, args.placements, args.formats, args.device)
+        if not cases:
+            raise ConfigError(f"--layouts {args.layouts!r} names no layout; nothing would be checked")
     except MegatronVLError as error:
         print(f"check_parity: {error}", file=sys.stderr)
         return 2

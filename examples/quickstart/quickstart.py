@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, help="pictures to train on (default 3000)")
     parser.add_argument("--heldout-questions", type=int, help="held-out questions (default about 1200)")
     parser.add_argument("--no-checks", action="store_true", help="do not fail when a promise of the table does not hold")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:

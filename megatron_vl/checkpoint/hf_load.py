@@ -57,7 +57,9 @@ class HFCheckpoint:
         try:
             return safe_open(self.directory / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.directory / name}: not a readable safetensors file ({error})") from error
+            raise CheckpointError(
+                f"{self.directory / name}: not a readable safetensors file ({error})"
+            ) from error
 
     def _shard(self, name: str) -> safe_open:
         if name not in self._open:
@@ -69,7 +71,9 @@ class HFCheckpoint:
         try:
             part = self._shard(self.files[tensor]).get_slice(tensor)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.directory / self.files[tensor]}: has no tensor {tensor}: {error}") from error
+            raise CheckpointError(
+                f"{self.directory / self.files[tensor]}: has no tensor {tensor}: {error}"
+            ) from error
         return tuple(part.get_shape()), part.get_dtype()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -83,7 +87,9 @@ class HFCheckpoint:
             CheckpointError: a shard that cannot be read.
         """
         expected = expected_tensors(model)
-        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.files]
+        problems = [
+            f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in self.files
+        ]
         problems += [f"unexpected: {name}" for name in self.files if name not in expected]
         stored = {file: set(self._shard(file).keys()) for file in sorted(set(self.files.values()))}
         for file, names in stored.items():
@@ -114,7 +120,9 @@ class HFCheckpoint:
         problems = self.differences(model)
         if problems:
             listed = "\n  ".join(problems)
-            raise CheckpointError(f"{self.directory}: {len(problems)} tensor(s) do not fit the model:\n  {listed}")
+            raise CheckpointError(
+                f"{self.directory}: {len(problems)} tensor(s) do not fit the model:\n  {listed}"
+            )
 
 
 def load_weights(
@@ -127,7 +135,7 @@ def load_weights(
 ) -> None:
     """Fill the parameters of this rank's chunks from released tensors.
 
-    source: released name -> whole tensor. tp, vision_tp: (size, rank) of the decoder's and the tower's sharding.
+    source: released name -> whole tensor. tp, vision_tp: (size, rank) of the sharding of decoder and tower.
 
     Raises:
         CheckpointError: a parameter that no rule names, or one whose shape does not come out.
@@ -143,11 +151,13 @@ def load_weights(
             size, rank = tp if rule.part == "decoder" else vision_tp
             part = shard(rule, whole, size, rank)
             if part.shape != parameter.shape:
-                raise CheckpointError(f"{name}: shard {list(part.shape)} for a parameter {list(parameter.shape)}")
+                raise CheckpointError(
+                    f"{name}: shard {list(part.shape)} for a parameter {list(parameter.shape)}"
+                )
             with torch.no_grad():
                 parameter.copy_(part)
-            # Megatron-Core sets these when it draws the weights itself; the global gradient norm reads them and
-            # would count a shard without the mark on tensor-parallel rank 0 only
+            # Megatron-Core sets these when it draws the weights itself; the global gradient norm reads them
+            # and would count a shard without the mark on tensor-parallel rank 0 only
             parameter.tensor_model_parallel = rule.axis is not None and size > 1
             parameter.partition_dim = -1 if rule.axis is None else rule.axis
             parameter.partition_stride = 1

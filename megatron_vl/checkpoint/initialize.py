@@ -14,9 +14,10 @@ from megatron_vl.config.model import ModelConfig
 class FreshWeights:
     """Callable ``released name -> whole fp32 tensor``.
 
-    Decoder: N(0, init_method_std), output projections divided by sqrt(2 * layers) as in Megatron. Tower and
-    projector: N(0, 1 / fan_in); position table N(0, 1 / width). Norms one, biases zero, layer scales their
-    configured value. The release does not publish how downsamplers and projector were drawn (spec/recipe.md 1).
+    Standard deviations. Decoder: init_method_std, output projections divided by sqrt(2 * layers) as in Megatron.
+    Tower and projector: 1 / sqrt(fan_in); position table 0.5, the size of what the patch embedding makes of a
+    normalised picture (smaller tables leave "where" questions at chance for hundreds of steps). Norms one, biases
+    zero, layer scales their configured value. How downsamplers and projector were drawn is not published.
     """
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
@@ -39,5 +40,6 @@ class FreshWeights:
         if name.startswith(("model.", "lm_head")):
             output = name.endswith(("o_proj.weight", "down_proj.weight"))
             return text.init_method_std / (math.sqrt(2 * text.num_layers) if output else 1.0)
-        fan_in = shape[-1] if name.endswith("positional_embedding") else math.prod(shape[1:])
-        return 1.0 / math.sqrt(fan_in)
+        if name.endswith("positional_embedding"):
+            return 0.5
+        return 1.0 / math.sqrt(math.prod(shape[1:]))

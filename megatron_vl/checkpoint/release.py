@@ -1,7 +1,7 @@
 """Is a downloaded release what this package takes it for? Tensors, configuration, token ids.
 
-The engine behind tools/verify_release.py, together with parity/release_template.py and parity/release_logits.py.
-What is expected, and where it was read: spec/model.md sections 5 to 7.
+The engine behind tools/verify_release.py, together with parity/release_template.py and
+parity/release_logits.py. What is expected, and where it was read: spec/model.md sections 5 to 7.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from typing import Any
 from megatron_vl.checkpoint.hf_load import INDEX, HFCheckpoint
 from megatron_vl.checkpoint.hf_names import expected_tensors
 from megatron_vl.config.hf_config import (
-    ONLY, TEXT_FIELDS, TOKEN_TEXTS, VISION_FIELDS, model_from_hf, read_json_object,
-)  # fmt: skip
+    ONLY,
+    TEXT_FIELDS,
+    TOKEN_TEXTS,
+    VISION_FIELDS,
+    model_from_hf,
+    read_json_object,
+)
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.presets import PRESETS
 from megatron_vl.errors import CheckpointError, ConfigError, ConfigErrors
@@ -26,7 +31,7 @@ from megatron_vl.plan.cost import parameters
 OK, DIFFERS, SKIPPED = "ok", "differs", "skipped"
 STORED_AS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# Section, field, released value: what does not change the computation here, so that config/ does not refuse it.
+# Section, field, released value: fields that change nothing here, so that config/ refuses no other value.
 RELEASED: tuple[tuple[str, str, Any], ...] = (
     ("", "architectures", ["StepVLForConditionalGeneration"]),
     ("", "auto_map", {
@@ -44,8 +49,8 @@ RELEASED: tuple[tuple[str, str, Any], ...] = (
 )  # fmt: skip
 # Read elsewhere (config/hf_config.py, or below), or without a meaning for training.
 OTHER_FIELDS = {
-    "": ("vision_config", "text_config", "image_token_id", "image_token_len", "patch_token_len", "torch_dtype",
-         "dtype", "transformers_version", "special_token_ids"),
+    "": ("vision_config", "text_config", "image_token_id", "image_token_len", "patch_token_len", "dtype",
+         "torch_dtype", "transformers_version", "special_token_ids"),
     "vision_config": ("mlp_ratio", "torch_dtype", "dtype"),
     "text_config": ("rope_theta", "rope_parameters", "layer_types", "bos_token_id", "eos_token_id",
                     "max_window_layers", "use_cache", "torch_dtype", "dtype"),
@@ -79,7 +84,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """The description that a directory is held against. dtype: safetensors name of what every tensor is stored as."""
+    """The description that a directory is held against. dtype: safetensors name of every tensor's format."""
 
     name: str
     model: ModelConfig
@@ -182,7 +187,11 @@ def _other_values(config: Mapping[str, Any], expected: Expected) -> Iterator[tup
     """(path, value, released value) of the fields of `RELEASED`, of bos, eos and dtype that the file has."""
     tokens = expected.model.tokens
     ends = [tokens.endoftext, tokens.chat_end, tokens.im_patch]
-    table = [*RELEASED, ("text_config", "bos_token_id", tokens.endoftext), ("text_config", "eos_token_id", ends)]
+    table = [
+        *RELEASED,
+        ("text_config", "bos_token_id", tokens.endoftext),
+        ("text_config", "eos_token_id", ends),
+    ]
     for section, name, wanted in table:
         part = config.get(section) if section else config
         if isinstance(part, Mapping) and name in part:
@@ -207,7 +216,9 @@ def _notes(config: Mapping[str, Any]) -> list[str]:
         fixed = [name for where, name, _ in (*ONLY, *RELEASED) if where == section]
         known = {*copied.values(), *fixed, *OTHER_FIELDS[section]}
         dotted = f"{section}." if section else ""
-        unknown += [f"{dotted}{name} = {json.dumps(part[name])[:100]}" for name in sorted(part) if name not in known]
+        unknown += [
+            f"{dotted}{name} = {json.dumps(part[name])[:100]}" for name in sorted(part) if name not in known
+        ]
         absent += [f"{dotted}{name}" for name in copied.values() if name not in part]
     notes = [f"unknown field: {text}" for text in unknown]
     return notes + ([f"left out, so the released values are assumed: {', '.join(absent)}"] if absent else [])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_vl.errors import CheckpointError
+from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.layout import Layout
 
 
@@ -30,35 +32,47 @@ class Progress:
     data: str = ""
 
 
-def save(folder: Path, progress: Progress, layout: Layout, chunks: list, optimizer: MegatronOptimizer) -> Path:
+def save(folder: Path, progress: Progress, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer) -> Path:
     """Write a checkpoint; every rank calls it. Returns its folder.
 
     Raises:
         CheckpointError: a rank could not write; the older checkpoints are untouched.
     """
-    rank = dist.get_rank()
     final, aside = folder / f"step_{progress.step:08d}", folder / f"step_{progress.step:08d}.tmp"
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / "meta.json").write_text(json.dumps({"progress": asdict(progress), "layout": asdict(layout)}))
-    dist.barrier()
+
+    def begin() -> None:
+        if runtime.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            meta = {"progress": asdict(progress), "layout": asdict(runtime.layout)}
+            (aside / "meta.json").write_text(json.dumps(meta))
+
+    def write() -> None:
+        torch.save(_state(chunks, optimizer), aside / f"rank_{runtime.rank:05d}.pt")
+
+    def publish() -> None:
+        if runtime.rank == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            (folder / "latest.tmp").write_text(final.name)
+            os.replace(folder / "latest.tmp", folder / "latest")
+
+    for part in (begin, write, publish):
+        _on_all_ranks(part, runtime, aside)
+    return final
+
+
+def _on_all_ranks(part: Callable[[], None], runtime: Runtime, where: Path) -> None:
+    """Call ``part`` and wait for the others; when it fails on any rank all raise, so that none waits for ever."""
     problem = ""
     try:
-        torch.save(_state(chunks, optimizer), aside / f"rank_{rank:05d}.pt")
-    except (OSError, RuntimeError) as error:
-        problem = f"{layout.describe(rank)} could not write to {aside}: {error}"
-    problems: list[str] = [""] * dist.get_world_size()
+        part()
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        problem = f"{runtime.name} could not write to {where}: {error}"
+    problems: list[str] = [""] * runtime.layout.world_size
     dist.all_gather_object(problems, problem)
     if any(problems):
         raise CheckpointError("; ".join(p for p in problems if p))
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        (folder / "latest.tmp").write_text(final.name)
-        os.replace(folder / "latest.tmp", folder / "latest")
-    dist.barrier()
-    return final
 
 
 def newest(folder: Path) -> Path | None:
@@ -76,32 +90,56 @@ def newest(folder: Path) -> Path | None:
     return folder / name
 
 
-def restore(checkpoint: Path, layout: Layout, chunks: list, optimizer: MegatronOptimizer) -> Progress:
+def restore(checkpoint: Path, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer) -> Progress:
     """Load this rank's file into the live parts and the random generators.
 
     Raises:
-        CheckpointError: saved in another layout, or a file is missing or damaged.
+        CheckpointError: saved in another layout or for another model, or a file is missing or damaged.
     """
-    meta = json.loads((checkpoint / "meta.json").read_text())
-    if meta["layout"] != asdict(layout):
-        saved = Layout(**meta["layout"])
-        raise CheckpointError(f"{checkpoint} was saved on {saved}; this run has {layout}: resume in the same layout")
-    path = checkpoint / f"rank_{dist.get_rank():05d}.pt"
+    layout = runtime.layout
+    try:
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        progress, saved_layout = Progress(**meta["progress"]), Layout(**meta["layout"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / 'meta.json'} cannot be read: {error!r}") from error
+    if saved_layout != layout:
+        raise CheckpointError(f"{checkpoint} was saved on {saved_layout}; this run has {layout}: resume in the same layout")
+    path = checkpoint / f"rank_{runtime.rank:05d}.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    try:
+        _load(state, chunks, optimizer)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} was saved for another model, precision or optimizer than this run has: {error}; use another "
+            "run_dir, or the settings in its config.yaml"
+        ) from error
+    return progress
+
+
+def _load(state: dict, chunks: list, optimizer: MegatronOptimizer) -> None:
+    """Put a rank's file into the live parts; KeyError, ValueError or RuntimeError when it does not fit."""
     for chunk, weights in zip(chunks, state["chunks"], strict=True):
-        for name, parameter in chunk.module.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(weights[name])
+        live = dict(chunk.module.named_parameters())
+        if live.keys() != weights.keys():
+            raise ValueError(f"weights differ: {sorted(live.keys() ^ weights.keys())[:4]}")
+        for name, parameter in live.items():
+            _copy(parameter, weights[name], name)
     for inner, saved in zip(_inner(optimizer), state["optimizers"], strict=True):
         inner.load_state_dict(saved["state"])
-        for main, value in zip(_main_parameters(inner), saved["main"], strict=True):
-            main.data.copy_(value)
+        for number, (main, value) in enumerate(zip(_main_parameters(inner), saved["main"], strict=True)):
+            _copy(main, value, f"main weight {number}")
     torch.set_rng_state(state["rng"])
     get_cuda_rng_tracker().set_states(state["rng_tracker"])
-    return Progress(**meta["progress"])
+
+
+def _copy(target: torch.nn.Parameter, value: torch.Tensor, name: str) -> None:
+    """Copy without broadcasting or conversion."""
+    if (target.shape, target.dtype) != (value.shape, value.dtype):
+        raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, here {tuple(target.shape)} {target.dtype}")
+    target.data.copy_(value)
 
 
 def _state(chunks: list, optimizer: MegatronOptimizer) -> dict:

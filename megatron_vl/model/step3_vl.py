@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
-from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.fusion import feature_slots, put_features, with_zero_gradients
 from megatron_vl.model.projector import Projector
 from megatron_vl.model.vision_encoder import VisionEncoder
 from megatron_vl.parallel.context_parallel import gather_features, local_index
@@ -54,8 +54,10 @@ class Step3VL(MegatronModule):
         backend: Backend,
         groups: Groups,
         vp_stage: int | None,
+        overlap_grad_reduce: bool = False,
     ) -> None:
         super().__init__(decoder)
+        self.overlap_grad_reduce = overlap_grad_reduce
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
         self.pre_process, self.post_process = stage.has_embedding, stage.has_head
         self.share_embeddings_and_output_weights = False
@@ -149,6 +151,8 @@ class Step3VL(MegatronModule):
         slots = feature_slots(inputs.input_ids, index, self.model.tokens.im_patch, count, inputs.sample_ids)
         if features is not None:
             embeddings = put_features(embeddings, features, slots)
+        if self.overlap_grad_reduce and not inputs.crop_pixels.shape[0] and not inputs.global_pixels.shape[0]:
+            embeddings = with_zero_gradients(embeddings, self.vision_parameters())
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
         return embeddings

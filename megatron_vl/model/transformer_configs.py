@@ -57,6 +57,7 @@ def decoder_config(
     """The Qwen3 decoder; its pipeline stages are the plan's."""
     text, pp = model.text, parallel.pipeline_model_parallel_size
     layout = PipelineParallelLayerLayout(to_megatron_layout(stages), pp) if pp > 1 else None
+    interleaved = parallel.chunks_per_stage > 1
     granularity = None if recompute.decoder == "none" else recompute.decoder
     return TransformerConfig(
         num_layers=text.num_layers,
@@ -76,6 +77,10 @@ def decoder_config(
         context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # Interleaved, two stages are each other's next and previous at once. A batched exchange pairs their sends
+        # and receives by order alone and swaps activations with gradients; separate ones use a group per direction.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         pipeline_model_parallel_layout=layout,
         recompute_granularity=granularity,
         recompute_method="uniform" if granularity == "full" else None,

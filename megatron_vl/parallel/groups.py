@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -40,9 +41,10 @@ def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
     )
     megatron = ProcessGroupCollection.use_mpu_process_groups()
     rank = dist.get_rank()
-    alone = dist.new_group([rank], use_local_synchronization=True)
+    timeout = timedelta(seconds=timeout_seconds)  # new_group does not take over that of the world: 30 minutes
+    alone = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
     replicas = [[r for r in range(layout.world_size) if layout.coords(r).dp == d] for d in range(layout.dp)]
-    replica = [dist.new_group(ranks) for ranks in replicas][layout.coords(rank).dp]
+    replica = [dist.new_group(ranks, timeout=timeout) for ranks in replicas][layout.coords(rank).dp]
     return Groups(
         megatron=megatron,
         tp=megatron.tp,

@@ -17,14 +17,14 @@ GRACE_SECONDS = 15.0
 
 def launched() -> bool:
     """Whether this process is already a rank of a launcher."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
 def run_local(command: Sequence[str], layout: Layout) -> int:
     """Run ``command`` once per rank of ``layout`` on this machine; the first failing exit code, else 0.
 
     When a rank fails its coordinates are printed, the others get GRACE_SECONDS to end by themselves (they print
-    their own view of the failure) and are killed then.
+    their own view of the failure) and are killed then. SIGINT and SIGTERM end all of them: code 130.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,6 +37,7 @@ def run_local(command: Sequence[str], layout: Layout) -> int:
         subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(layout.world_size)
     ]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _watch(processes, layout)
     except KeyboardInterrupt:
@@ -45,6 +46,7 @@ def run_local(command: Sequence[str], layout: Layout) -> int:
         return 130
     finally:
         _end(processes)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _watch(processes: list[subprocess.Popen], layout: Layout) -> int:
@@ -52,7 +54,8 @@ def _watch(processes: list[subprocess.Popen], layout: Layout) -> int:
         codes = [p.poll() for p in processes]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
         if failed:
-            rank, code = failed[0]
+            # the others fail because of the one that was killed, sometimes before we look again
+            rank, code = min(failed, key=lambda item: (item[1] > 0 or item[1] == -signal.SIGABRT, item[0]))
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             print(f"{layout.describe(rank)} {how}; stopping the other ranks", file=sys.stderr, flush=True)
             return code if code > 0 else 128 - code

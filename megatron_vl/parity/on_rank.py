@@ -109,13 +109,14 @@ def _record(parts: Parts, seen: Seen) -> None:
 
 def _record_vision(model: torch.nn.Module, seen: Seen) -> None:
     vision = model.vision_model
-    state = {"kind": GLOBAL, "micro_batch": -1}
+    state = {"kind": GLOBAL, "micro_batch": -1, "crops": None}
 
     def enter_stage(module, args):
         state["micro_batch"] += 1
+        state["crops"] = args[0].crop_pixels
 
     def enter_tower(module, args):
-        state["kind"] = CROP if args[0].shape[-1] == vision.vision.crop_size else GLOBAL
+        state["kind"] = CROP if args[0] is state["crops"] else GLOBAL  # both may have the same size
 
     def keep(name: str):
         def hook(module, args, output):

@@ -142,7 +142,7 @@ def arrange(docs: Sequence[Document], layout: Layout, packed: bool) -> Batches:
 
 def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: int) -> list[MicroBatch]:
     """What ``rank`` is fed: whole rows, and the pixels of its own share of the views."""
-    coords = layout.coords(rank)
+    coords, padding = layout.coords(rank), padding_id(model)
     made = []
     for groups in batches.rows[coords.dp]:
         docs = [doc for group in groups for doc in group]
@@ -150,11 +150,17 @@ def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: in
         sizes = (model.vision.image_size, model.vision.crop_size)
         if batches.packed:
             multiple = row_multiple(layout.tp, layout.cp, layout.sp)
-            batch = pack(rows, batches.seq_length, multiple, model.tokens.endoftext, *sizes)
+            batch = pack(rows, batches.seq_length, multiple, padding, *sizes)
         else:
-            batch = collate(rows, batches.seq_length, model.tokens.endoftext, *sizes)
+            batch = collate(rows, batches.seq_length, padding, *sizes)
         made.append(_with_pixels(batch, docs, layout, rank))
     return made
+
+
+def padding_id(model: ModelConfig) -> int:
+    """What rows are filled up with: ``<|endoftext|>``, or any text id of a small vocabulary whose files leave it out."""
+    known = model.tokens.endoftext
+    return known if known < model.text.vocab_size else int(model.tokens.im_patch == 0)
 
 
 def _row(doc: Document) -> Row:

@@ -55,7 +55,10 @@ def build(
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
     bare = [
-        Step3VL(model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None)
+        Step3VL(
+            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None,
+            parallel.overlap_grad_reduce,
+        )
         for i, stage in enumerate(mine)
     ]
     for chunk in bare:

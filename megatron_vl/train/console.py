@@ -49,7 +49,7 @@ def startup_report(loaded: LoadedRun, runtime: Runtime, backend: str, dtype: tor
 def human(value: float) -> str:
     """1234567 -> 1.23M."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
+        if value >= 0.9995 * limit:  # what three digits would round up to it
             return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"
 

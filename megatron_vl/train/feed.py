@@ -47,7 +47,7 @@ class Feed:
         count = torch.tensor([len(records)], device=self.runtime.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         if count.item():
-            everyone: list[list[BadSample]] = [[] for _ in range(dist.get_world_size())]
+            everyone: list[list[BadSample]] = [[] for _ in range(self.runtime.layout.world_size)]
             dist.all_gather_object(everyone, records)
             self.log.add(r for records in everyone for r in records)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_vl.checkpoint.saved import Progress, save
 from megatron_vl.optim.schedule import learning_rate
 from megatron_vl.parallel.runtime import Phase
@@ -95,8 +93,5 @@ def evaluate(run: Run, step: int) -> float:
 def save_now(run: Run, progress: Progress) -> None:
     """Save and say where."""
     begin = time.perf_counter()
-    where = save(
-        run.folder / "checkpoints", progress, run.parts.runtime.layout, run.parts.chunks, run.parts.optimizer
-    )
-    dist.barrier()
+    where = save(run.folder / "checkpoints", progress, run.parts.runtime, run.parts.chunks, run.parts.optimizer)
     run.say(f"saved {where} in {time.perf_counter() - begin:.1f} s")

@@ -133,7 +133,9 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= from_step]
+            lines = path.read_text().splitlines(keepends=True)
+            # a last line without its end was cut off by a kill
+            kept = [line[:-1] for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
             path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, record: StepMetrics | dict) -> None:

@@ -14,7 +14,7 @@ from megatron_vl.checkpoint.saved import Progress, newest, restore
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
-from megatron_vl.data.loader import eval_loader, train_loader
+from megatron_vl.data.loader import Loader, eval_loader, train_loader
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel.runtime import Phase, Runtime
 from megatron_vl.plan.budget import total_steps
@@ -66,23 +66,29 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     return Run(parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps)
 
 
+def sample_order(config: RunConfig, loader: Loader) -> str:
+    """What decides which samples step k trains on; it must not change when a run is resumed."""
+    files = [f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)" for f in loader.micro_batches.source.describe()]
+    return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"
+
+
 def resume(run: Run) -> Progress:
     """Continue from the newest checkpoint of the run folder, or start at step 0.
 
     Raises:
-        CheckpointError: the sample files are not those that the checkpoint was trained on.
+        CheckpointError: the samples or their order are not those that the checkpoint was trained on.
     """
     run.phase.name = "resuming"
     parts, loader = run.parts, run.feed.loader
-    data = str(loader.micro_batches.source.describe())
+    data = sample_order(parts.config, loader)
     checkpoint = newest(run.folder / "checkpoints")
     progress = Progress(0, 0, data)
     if checkpoint is not None:
-        progress = restore(checkpoint, parts.runtime.layout, parts.chunks, parts.optimizer)
+        progress = restore(checkpoint, parts.runtime, parts.chunks, parts.optimizer)
         if progress.data != data:
             raise CheckpointError(
-                f"{checkpoint} was trained on {progress.data}, data.train is now {data}: the sample order would "
-                "change silently; use another run_dir, or the same files"
+                f"{checkpoint} was trained on {progress.data}; it is now {data}: the sample order would change "
+                "silently; use another run_dir, or the same files, data.seed and train.global_batch_size"
             )
         run.say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
     loader.seek(progress.step)

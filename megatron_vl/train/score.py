@@ -32,7 +32,7 @@ def score(parts: Parts, feed: Feed) -> dict[str, bool]:
     with torch.no_grad():
         for _ in range(feed.loader.num_steps):
             right.update(_score_step(parts, feed.next_step()))
-    everyone: list[dict[str, bool]] = [{} for _ in range(dist.get_world_size())]
+    everyone: list[dict[str, bool]] = [{} for _ in range(parts.runtime.layout.world_size)]
     dist.all_gather_object(everyone, right)
     return {name: value for part in everyone for name, value in part.items()}
 
@@ -106,7 +106,8 @@ class _Predictions:
         best, token = logits.max(dim=-1)
         token = token + tp.rank() * logits.shape[-1]
         pair = torch.stack([best.double(), token.double()])
-        pairs = torch.empty((tp.size(), *pair.shape), dtype=pair.dtype, device=pair.device)
+        pairs = torch.empty((tp.size() * 2, *best.shape), dtype=pair.dtype, device=pair.device)
         dist.all_gather_into_tensor(pairs, pair, group=tp)
+        pairs = pairs.view(tp.size(), *pair.shape)
         winner = pairs[:, 0].argmax(dim=0, keepdim=True)
         self._value = pairs[:, 1].gather(0, winner)[0].long().transpose(0, 1)

@@ -1,0 +1,153 @@
+"""Faults that tests plant on the ranks. The ranks outlive a test, so every fault is undone when its job ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+
+class FaultyWorld:
+    """A world whose ranks run every function with a fault in place; stands in for `LocalWorld`."""
+
+    def __init__(self, world: Any, fault: str) -> None:
+        self.world, self.fault = world, fault
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return self.world.run(size, with_fault, self.fault, function, *args)
+
+
+def with_fault(fault: str, function: Callable[..., Any], *args: Any) -> Any:
+    """On a rank: call `function` with the fault planted, either in the code or in the built parts."""
+    if fault in CODE:
+        with CODE[fault]():
+            return function(*args)
+    job, *rest = args
+    return function(replace(job, plant=PARTS[fault]), *rest)
+
+
+def no_tensor_parallel_sum() -> AbstractContextManager:
+    """Placement data: the gradients of the tower's copies are not added up."""
+    from megatron.core.distributed import finalize_model_grads
+
+    def finish(parts, chunks, num_tokens, **_):
+        finalize_model_grads(list(chunks), num_tokens, pg_collection=parts.runtime.groups.megatron)
+
+    return patch("megatron_vl.train.step.finish_gradients", finish)
+
+
+def no_row_parallel_reduce() -> AbstractContextManager:
+    """The partial sums of row-parallel products are not added up."""
+    return patch(
+        "megatron.core.tensor_parallel.layers.reduce_from_tensor_model_parallel_region", lambda x, group=None: x
+    )
+
+
+def no_sequence_parallel_reduce() -> AbstractContextManager:
+    """Norms under sequence parallelism keep the gradient of their own tokens."""
+    return patch(
+        "megatron.core.distributed.finalize_model_grads._allreduce_non_tensor_model_parallel_grads",
+        lambda *args, **kwargs: None,
+    )
+
+
+def no_context_parallel_sum() -> AbstractContextManager:
+    """The gradient of gathered keys and values is cut up, not reduced."""
+    from megatron_vl.parallel.context_parallel import _GatherSequence
+
+    def backward(ctx, grad):
+        size = ctx.group.size()
+        return grad.chunk(size)[ctx.group.rank()].contiguous(), None
+
+    return patch.object(_GatherSequence, "backward", staticmethod(backward))
+
+
+def mean_of_tokens() -> AbstractContextManager:
+    """The loss function hands the mean of its micro-batch to the schedule."""
+    from megatron_vl.train.step import token_losses
+
+    def mean(losses, labels):
+        total, count, report = token_losses(losses, labels)
+        return total / count.clamp(min=1), count, report
+
+    return patch("megatron_vl.train.step.token_losses", mean)
+
+
+def mean_over_data_parallel() -> AbstractContextManager:
+    """Gradients are averaged over the data-parallel ranks."""
+    from megatron_vl.train.step import finish_gradients
+
+    def finish(parts, chunks, num_tokens, **_):
+        finish_gradients(parts, chunks, num_tokens)
+        for chunk in chunks:
+            chunk.scale_gradients(1.0 / parts.runtime.layout.dp)
+
+    return patch("megatron_vl.train.step.finish_gradients", finish)
+
+
+def unshifted_labels() -> AbstractContextManager:
+    """A position is asked for its own token."""
+    return patch("megatron_vl.data.batch.shift_labels", lambda labels: labels)
+
+
+@contextmanager
+def no_context_parallel_features() -> Iterator[None]:
+    """The gradient of image features is not added up over the ranks that hold their positions."""
+    from megatron_vl.parallel.context_parallel import _GatherFeatures
+
+    def backward(ctx, grad):
+        start = sum(ctx.counts[: ctx.group.rank()])
+        return grad[start : start + ctx.counts[ctx.group.rank()]], None, None, None
+
+    with patch.object(_GatherFeatures, "backward", staticmethod(backward)):
+        yield
+
+
+CODE = {
+    f.__name__: f
+    for f in (
+        no_tensor_parallel_sum, no_row_parallel_reduce, no_sequence_parallel_reduce, no_context_parallel_sum,
+        no_context_parallel_features, mean_of_tokens, mean_over_data_parallel, unshifted_labels,
+    )
+}  # fmt: skip
+
+
+def _scale(parts: Any, name: str) -> None:
+    """Multiply a parameter, by our global name, by 1.001 on whichever rank has it."""
+    import torch
+
+    from megatron_vl.checkpoint.hf_names import global_name
+
+    for chunk, stage in zip(parts.chunks, parts.stages):
+        for local, parameter in chunk.module.named_parameters():
+            if global_name(local, stage.layers) == name:
+                with torch.no_grad():
+                    parameter.mul_(1.001)
+
+
+def wrong_position_table(parts: Any) -> None:
+    _scale(parts, "vision_model.positional_embedding")
+
+
+def wrong_tower_block(parts: Any) -> None:
+    _scale(parts, "vision_model.transformer.layers.1.mlp.linear_fc2.weight")
+
+
+def wrong_projector(parts: Any) -> None:
+    _scale(parts, "projector.linear.weight")
+
+
+def wrong_decoder_layer(parts: Any) -> None:
+    _scale(parts, "language_model.decoder.layers.2.self_attention.linear_proj.weight")
+
+
+def wrong_head(parts: Any) -> None:
+    _scale(parts, "language_model.output_layer.weight")
+
+
+PARTS = {
+    f.__name__: f
+    for f in (wrong_position_table, wrong_tower_block, wrong_projector, wrong_decoder_layer, wrong_head)
+}

@@ -17,14 +17,16 @@ def feature_slots(
     int64 each: row and local position of a slot, and its feature row.
 
     Raises:
-        DataError: slots and features differ in number.
+        DataError: slots and features differ in number. ``data/batch.check_image_slots`` has compared them sample by
+            sample before, so here something was lost between data and model.
     """
     is_patch = input_ids == im_patch
     slots = int(is_patch.sum())
     if slots != num_features:
+        per_row = ", ".join(str(n) for n in is_patch.sum(dim=1).tolist())
         raise DataError(
-            f"samples {', '.join(names)}: {slots} <im_patch> ids in the rows but {num_features} image feature rows; "
-            "each image must be expanded exactly once, by data/template.py"
+            f"samples {', '.join(names)}: {slots} <im_patch> ids ({per_row} by row) but {num_features} image feature "
+            "rows; each image must be expanded exactly once, by data/template.py"
         )
     order = is_patch.flatten().cumsum(0).reshape(input_ids.shape) - 1
     if index is not None:

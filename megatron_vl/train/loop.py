@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vl.checkpoint.saved import Progress, save
+from megatron_vl.errors import DataError
 from megatron_vl.optim.schedule import learning_rate
 from megatron_vl.parallel.runtime import Phase
 from megatron_vl.plan.budget import tokens_per_step
@@ -52,6 +53,11 @@ def train(run: Run, progress: Progress) -> Progress:
         lr = learning_rate(config.schedule, tokens)
         run.phase.name = "training"
         result = train_step(parts, batches, lr)
+        if result.tokens == 0:
+            raise DataError(
+                f"step {step + 1}: none of its {config.train.global_batch_size} samples has a scored token; "
+                f"{run.feed.log.summary()}, see {run.folder / 'bad_samples.jsonl'} and data.data_root"
+            )
         step, tokens = step + 1, tokens + tokens_per_step(config)
         seconds = time.perf_counter() - begin
         metrics = run.meter.measure(
@@ -84,7 +90,8 @@ def evaluate(run: Run, step: int) -> float:
         loss, count = evaluate_loss(run.parts, run.eval_feed.next_step())
         total, tokens = total + loss * count, tokens + count
     loss = total / max(tokens, 1)
-    run.say(f"eval at step {step} | loss {loss:.4f} over {int(tokens)} tokens")
+    refused = f" | {run.eval_feed.log.summary()}" if run.eval_feed.log.total else ""
+    run.say(f"eval at step {step} | loss {loss:.4f} over {int(tokens)} tokens{refused}")
     if run.file:
         run.file.write({"step": step, "eval_loss": loss, "eval_tokens": int(tokens)})
     return loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,11 +12,13 @@ import torch
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.initialize import FreshWeights
 from megatron_vl.checkpoint.saved import Progress, newest, restore
+from megatron_vl.config.hf_config import model_from_hf
 from megatron_vl.config.load import LoadedRun
+from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
 from megatron_vl.data.loader import Loader, eval_loader, train_loader
-from megatron_vl.errors import CheckpointError
+from megatron_vl.errors import CheckpointError, Problem, raise_if_any
 from megatron_vl.parallel.runtime import Phase, Runtime
 from megatron_vl.plan.budget import total_steps
 from megatron_vl.train.build import build
@@ -26,13 +29,35 @@ from megatron_vl.train.metrics import Meter, MetricsFile
 from megatron_vl.train.pretrain import write_resolved
 
 
+# Fields that only say how fresh weights are drawn or how long rows are meant to be.
+NOT_COMPUTED = {"layer_scale_init", "init_method_std", "max_position_embeddings"}
+
+
 def weight_source(config: RunConfig) -> Callable[[str], torch.Tensor]:
     """Where the first weights come from: ``train.init_from_hf``, or fresh ones from ``train.seed``."""
     if config.train.init_from_hf is None:
         return FreshWeights(config.model, config.train.seed)
+    check_same_model(config.train.init_from_hf, config.model)
     checkpoint = HFCheckpoint(config.train.init_from_hf)
     checkpoint.check(config.model)
     return checkpoint.tensor
+
+
+def check_same_model(directory: str, model: ModelConfig) -> None:
+    """Refuse weights whose config.json describes another model: shapes alone do not show a wrong rope base.
+
+    Raises:
+        ConfigErrors: every field that differs and shapes the computation.
+    """
+    theirs, problems = model_from_hf(directory), []
+    for part in ("vision", "text", "tokens"):
+        here, there = getattr(model, part), getattr(theirs, part)
+        for field in fields(here):
+            ours, other = getattr(here, field.name), getattr(there, field.name)
+            if ours != other and field.name not in NOT_COMPUTED:
+                rule = f"{directory}/config.json says {other}"
+                problems.append(Problem(f"model.{part}.{field.name}", ours, rule, f"set model_from: {directory}"))
+    raise_if_any(problems)
 
 
 def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
@@ -58,7 +83,7 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         evaluation = eval_loader(
             config.data, config.model, place, *batch, num_samples=config.train.eval_samples, timeout_seconds=timeout
         )
-        eval_feed = Feed(evaluation, runtime, None)
+        eval_feed = Feed(evaluation, runtime, BadSampleLog(str(folder / "bad_samples.jsonl"), write=first))
     meter = Meter(config, runtime, steps)
     if first:
         write_resolved(folder, loaded)

@@ -94,7 +94,8 @@ def forward_backward(parts: Parts, batches: Sequence[MicroBatch], forward_only: 
 
     Returns (loss, tokens) of the global batch, equal on every rank: mean loss over all scored tokens.
     """
-    seq_length, micro_batch = batches[0].input_ids.shape[1], batches[0].input_ids.shape[0]
+    micro_batch, seq_length = batches[0].input_ids.shape
+    assert all(b.input_ids.shape == batches[0].input_ids.shape for b in batches), "one row length, or stages hang"
     parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
     chunks = parts.chunks
     reports = get_forward_backward_func()(

@@ -13,6 +13,7 @@ for _message in (
     r".*\.grad attribute of a Tensor that is not a leaf.*",
     r".*CUDA_DEVICE_MAX_CONNECTIONS.*",
     r".*multi_tensor_applier.*",
+    r".*full scope is deprecated.*",
 ):
     warnings.filterwarnings("ignore", message=_message)
 del _message

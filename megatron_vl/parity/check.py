@@ -143,7 +143,8 @@ def judge_steps(row: Row, losses: list[float], baseline: list[float] | None) -> 
     if baseline is None:
         row.steps_rel = 0.0
         return
-    row.steps_rel = max(abs(a - b) / abs(b) for a, b in zip(losses, baseline, strict=True))
+    far = [abs(a - b) / abs(b) for a, b in zip(losses, baseline, strict=True)]
+    row.steps_rel = max(far, key=lambda value: (value != value, value))  # NaN is the farthest
     if not row.steps_rel <= STEP_TOLERANCE:
         row.status = "failed"
         row.rule = (row.rule + "; " if row.rule else "") + f"loss of a step is off by {row.steps_rel:.1e}"

@@ -43,6 +43,8 @@ class StepMetrics:
     tower_share: float
     images: int
     crops: int
+    views_of_a_replica_min: int
+    views_of_a_replica_max: int
     memory_bytes: int
     bad_samples: int
     eta_seconds: float
@@ -65,11 +67,14 @@ class Meter:
         counts = [sum(b.num_tokens for b in batches), sum(b.num_images for b in batches), sum(b.num_crops for b in batches)]
         sums = torch.tensor([tower, decoder, *counts], dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(sums, group=self.runtime.groups.dp)
-        worst = torch.tensor([waited, float(memory_in_use(self.runtime.device)), seconds], dtype=torch.float64,
-                             device=self.runtime.device)  # fmt: skip
+        views = counts[1] + counts[2]
+        worst = torch.tensor(
+            [waited, memory_in_use(self.runtime.device), seconds, views, -views],
+            dtype=torch.float64, device=self.runtime.device,
+        )  # fmt: skip
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         tower, decoder, text_tokens, images, crops = sums.tolist()
-        waited, memory, seconds = worst.tolist()
+        waited, memory, seconds, most_views, fewest_views = worst.tolist()
         self._recent = [*self._recent[-19:], seconds]
         ranks = self.runtime.layout.world_size
         rate = (tower + decoder) / seconds / ranks
@@ -78,6 +83,7 @@ class Meter:
             text_tokens=int(text_tokens), loss_tokens=result.tokens, step_seconds=seconds, data_wait_seconds=waited,
             tokens_per_second_per_gpu=text_tokens / seconds / ranks, model_tflops=rate / 1e12, mfu=rate / self.peak,
             tower_share=tower / max(tower + decoder, 1.0), images=int(images), crops=int(crops),
+            views_of_a_replica_min=-int(fewest_views), views_of_a_replica_max=int(most_views),
             memory_bytes=int(memory), bad_samples=bad_samples,
             eta_seconds=(self.total_steps - step) * sorted(self._recent)[len(self._recent) // 2],
         )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.initialize import FreshWeights
 from megatron_vl.checkpoint.saved import Progress, newest, restore
+from megatron_vl.config.dump import to_yaml
 from megatron_vl.config.hf_config import model_from_hf
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.config.model import ModelConfig
@@ -21,12 +23,11 @@ from megatron_vl.data.loader import Loader, eval_loader, train_loader
 from megatron_vl.errors import CheckpointError, Problem, raise_if_any
 from megatron_vl.parallel.runtime import Phase, Runtime
 from megatron_vl.plan.budget import total_steps
-from megatron_vl.train.build import build
+from megatron_vl.train.build import Parts, build
 from megatron_vl.train.console import startup_report
 from megatron_vl.train.feed import Feed, place_of
 from megatron_vl.train.loop import Run
 from megatron_vl.train.metrics import Meter, MetricsFile
-from megatron_vl.train.pretrain import write_resolved
 
 
 # Fields that only say how fresh weights are drawn or how long rows are meant to be.
@@ -86,7 +87,7 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         eval_feed = Feed(evaluation, runtime, BadSampleLog(str(folder / "bad_samples.jsonl"), write=first))
     meter = Meter(config, runtime, steps)
     if first:
-        write_resolved(folder, loaded)
+        write_resolved(folder, loaded, parts)
     say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, meter.peak)))
     return Run(parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps)
 
@@ -95,6 +96,22 @@ def sample_order(config: RunConfig, loader: Loader) -> str:
     """What decides which samples step k trains on; it must not change when a run is resumed."""
     files = [f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)" for f in loader.micro_batches.source.describe()]
     return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"
+
+
+def write_resolved(folder: Path, loaded: LoadedRun, parts: Parts) -> None:
+    """The resolved configuration beside the run's results: ``auto`` replaced by what was chosen, and each origin."""
+    chosen = replace(
+        loaded.config,
+        parallel=replace(
+            loaded.config.parallel, device=parts.runtime.device.type, layer_backend=parts.backend.name
+        ),
+        precision=replace(
+            loaded.config.precision, params="bf16" if parts.dtype == torch.bfloat16 else "fp32"
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(chosen))
+    (folder / "origins.json").write_text(json.dumps(loaded.origins, indent=1) + "\n")
 
 
 def resume(run: Run) -> Progress:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.parallel.launch import launched, run_local
@@ -51,12 +49,3 @@ def pretrain(loaded: LoadedRun) -> None:
             done = train(run, progress)
             run.close()
         run.say(f"done: {done.step} steps, {done.tokens:,} tokens; everything is in {run.folder}")
-
-
-def write_resolved(folder: Path, loaded: LoadedRun) -> None:
-    """The resolved configuration beside the run's results: YAML that starts the same run, and each origin."""
-    from megatron_vl.config.dump import to_yaml
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(loaded.config))
-    (folder / "origins.json").write_text(json.dumps(loaded.origins, indent=1) + "\n")

@@ -1,93 +1,52 @@
-"""The CPU adapter: what it redirects, and when it refuses."""
-
-from __future__ import annotations
+"""The adapter that runs Megatron-Core on CPU. The redirects are tried on a rank: they last for a process."""
 
 import pytest
 import torch
+from tests.parallel.on_ranks import cpu_redirects
 
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel import cpu
+from megatron_vl.parallel.runtime import choose_device, parameter_dtype
 
 
-def test_refuses_beside_a_cuda_device(monkeypatch: pytest.MonkeyPatch):
+def test_it_refuses_beside_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    before = torch.empty
+    with pytest.raises(ConfigError, match=r"parallel.device = cpu: 4 CUDA device\(s\) are visible.*CUDA_VISIBLE"):
+        cpu.install()
+    with pytest.raises(ConfigError, match="would stay idle"):
+        choose_device("cpu")
+    assert torch.empty is before
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="parallel.device = cuda: no CUDA device is visible"):
+        choose_device("cuda")
+
+
+def test_more_ranks_than_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"2 CUDA device\(s\) are visible .* parallel.device=cuda"):
-        cpu.install()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"local rank 2: only 2 CUDA device\(s\)"):
+        choose_device("auto", 2)
 
 
-def observed() -> dict[str, object]:
-    """Run on a rank, where the adapter is installed: what each redirect answers."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-
-    cpu.install()  # a second time: nothing happens
-    value = torch.ones(3)
-    found = {
-        "factories": {
-            str(t.device)
-            for t in (
-                torch.empty(1, device="cuda"),
-                torch.zeros(1, device=torch.device("cuda", 0)),
-                torch.tensor([1], device="cuda", pin_memory=True),
-                torch.arange(3, device=torch.cuda.current_device()),
-                torch.full((1,), 2.0, device="cuda"),
-                torch.zeros_like(value, device="cuda"),
-                value.to("cuda"),
-                value.to(device="cuda:0", dtype=torch.float64),
-                value.cuda(),
-            )
-        },
-        "to_dtype": value.to(device="cuda", dtype=torch.float64).dtype,
-        "to_cpu": str(value.to("cpu").device),
-        "module": str(next(torch.nn.Linear(1, 1).cuda().parameters()).device),
-        "types": [value.type(), value.bfloat16().type(), value.type(torch.float64).dtype],
-        "synchronize": torch.cuda.synchronize(),
-        "event": torch.cuda.current_stream().record_event().query(),
-        "installed": cpu.installed(),
-    }
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda.Event().record()
-    model_parallel_cuda_manual_seed(7, tp_rank=0, ep_rank=0, etp_rank=0)
-    outside = torch.get_rng_state()
-    with get_cuda_rng_tracker().fork():
-        first = torch.rand(4)
-    found["fork restores"] = torch.equal(outside, torch.get_rng_state())
-    with get_cuda_rng_tracker().fork():
-        second = torch.rand(4)
-    found["fork goes on"] = not torch.equal(first, second)
-    saved = torch.cuda.get_rng_state()
-    draw = torch.rand(2)
-    torch.cuda.set_rng_state(saved)
-    found["rng state"] = torch.equal(draw, torch.rand(2))
-    return found
+def test_every_redirect(world):
+    seen = world.run(1, cpu_redirects)[0]
+    assert seen["devices"] == {"cpu"}
+    assert seen["dtype"] == torch.float64
+    assert seen["types"] == ("torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64)
+    assert seen["query"] is True
+    assert seen["rng"], "the same state must give the same numbers, and the tracker its own"
+    assert "do not measure time on CPU" in seen["timed"]
+    assert seen["same"], "a second install must change nothing"
 
 
-def test_redirects(world):
-    found = world.run(1, observed_in_layout)[0]
-    assert found == {
-        "factories": {"cpu"},
-        "to_dtype": torch.float64,
-        "to_cpu": "cpu",
-        "module": "cpu",
-        "types": ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64],
-        "synchronize": None,
-        "event": True,
-        "installed": True,
-        "fork restores": True,
-        "fork goes on": True,
-        "rng state": True,
-    }
-
-
-def observed_in_layout() -> dict[str, object]:
-    """`observed` inside process groups, which the RNG tracker's seeding asks for."""
-    from megatron_vl.config.schema import ParallelConfig
-    from megatron_vl.parallel.runtime import choose_device, start
-
-    start(ParallelConfig(), 1, choose_device("cpu"))
-    return observed()
-
-
-def test_events_do_not_pretend_to_measure():
-    with pytest.raises(RuntimeError, match="perf_counter"):
-        cpu.InertStream().elapsed_time(cpu.InertStream())
+def test_parameter_dtype():
+    assert parameter_dtype("auto", torch.device("cpu")) == torch.float32
+    assert parameter_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert parameter_dtype("bf16", torch.device("cpu")) == torch.bfloat16

@@ -1,66 +1,75 @@
-"""Where a rank learns who it is, and what it runs on."""
-
-from __future__ import annotations
+"""What the launcher's variables say about a process, and errors that name the rank."""
 
 import pytest
-import torch
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.parallel.runtime import Environment, choose_device, parameter_dtype, read_environment
+from megatron_vl.parallel.runtime import Environment, Phase, Runtime, read_environment, reported
+from megatron_vl.plan.layout import Layout
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234"}
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, Environment(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **ADDRESS}, Environment(5, 8, 1)),
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", **ADDRESS}, Environment(9, 16, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Environment(0, 1, 0)),
-        # torchrun inside a Slurm job: torchrun's word counts
-        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", **ADDRESS}, Environment(1, 2, 0)),
-    ],
-)
-def test_reads_the_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: Environment):
+@pytest.fixture
+def environment(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert read_environment() == expected
+
+    def give(**variables: object) -> Environment:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        return read_environment()
+
+    return give
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR, MASTER_PORT"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "MASTER_ADDR and MASTER_PORT must be exported"),
-    ],
-)
-def test_an_incomplete_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        read_environment()
+def test_alone(environment):
+    assert environment() == Environment(0, 1, 0)
 
 
-def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA device is visible"):
-        choose_device("cuda")
+def test_torchrun(environment):
+    given = environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, MASTER_ADDR="host", MASTER_PORT=1234)
+    assert given == Environment(5, 8, 1)
 
 
-def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match=r"local rank 1: only 1 CUDA device"):
-        choose_device("cuda", 1)
+def test_slurm(environment):
+    given = environment(SLURM_NTASKS=16, SLURM_PROCID=9, SLURM_LOCALID=1, MASTER_ADDR="host", MASTER_PORT=1234)
+    assert given == Environment(9, 16, 1)
 
 
-def test_auto_precision_follows_the_device():
-    assert parameter_dtype("auto", torch.device("cpu")) == torch.float32
-    assert parameter_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
-    assert parameter_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+def test_torchrun_inside_a_slurm_task(environment):
+    slurm = {"SLURM_NTASKS": 2, "SLURM_PROCID": 1, "SLURM_LOCALID": 0}
+    given = environment(**slurm, RANK=9, WORLD_SIZE=16, LOCAL_RANK=1, MASTER_ADDR="host", MASTER_PORT=1234)
+    assert given == Environment(9, 16, 1)
+
+
+def test_an_allocation_of_one_task_is_one_rank(environment):
+    assert environment(SLURM_NTASKS=1, SLURM_PROCID=0) == Environment(0, 1, 0)
+
+
+def test_missing_variables_are_named(environment):
+    with pytest.raises(ConfigError, match="RANK=3 is set but WORLD_SIZE, MASTER_PORT is not"):
+        environment(RANK=3, MASTER_ADDR="host")
+
+
+def test_srun_without_a_rendezvous(environment):
+    with pytest.raises(ConfigError, match="under srun MASTER_ADDR and MASTER_PORT must be exported"):
+        environment(SLURM_NTASKS=4, SLURM_PROCID=2)
+
+
+def test_an_error_names_the_rank_by_coordinates_and_the_phase(capsys):
+    layout = Layout(tp=2, pp=2, cp=2)
+    runtime = Runtime(layout, 5, layout.coords(5), None, None)
+    assert runtime.name == "rank 5 (dp0 pp1 cp0 tp1)" and runtime.is_last_stage and not runtime.is_first_stage
+    with pytest.raises(ZeroDivisionError), reported(runtime, Phase("training", 17)):
+        1 / 0  # noqa: B018
+    assert "rank 5 (dp0 pp1 cp0 tp1) failed while training at step 17: division by zero" in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_is_left_to_the_entry(capsys):
+    layout = Layout()
+    runtime = Runtime(layout, 0, layout.coords(0), None, None)
+    with pytest.raises(ConfigError), reported(runtime, Phase()):
+        raise ConfigError("wrong")
+    assert capsys.readouterr().err == ""

@@ -59,11 +59,16 @@ def pretrain(loaded: LoadedRun) -> Trained:
 
 
 def refused(loaded: LoadedRun, act: str = "resume") -> str:
-    """The error of resuming, or of saving, on this rank: `Class: message`; empty when there is none."""
+    """The error of an act (resume, train, save, "full disk on RANK"), on this rank: `Class: message`; "" for none.
+
+    Only for errors that all ranks raise, or that come before the next collective.
+    """
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
         try:
-            if act == "resume":
-                prepare.resume(run)
+            if act in ("resume", "train"):
+                progress = prepare.resume(run)
+                if act == "train":
+                    loop.train(run, progress)
             elif act == "save":
                 loop.save_now(run, Progress(1, 1))
             else:
@@ -87,7 +92,6 @@ def _save_with_full_disk(run: loop.Run, rank: int) -> None:
         torch.save = plain
 
 
-@torch.no_grad()
 def greedy(loaded: LoadedRun) -> dict[str, list[int]]:
     """The most probable token at each scored position of data.eval, by sample id, from whole logits on one rank.
 
@@ -99,7 +103,8 @@ def greedy(loaded: LoadedRun) -> dict[str, list[int]]:
         model.language_model.output_layer.register_forward_hook(lambda m, i, output: logits.append(output[0]))
         for batches in run.eval_feed.loader:
             for batch in batches:
-                model(stage_inputs(batch, torch.device("cpu")))
+                with torch.no_grad():
+                    model(stage_inputs(batch, torch.device("cpu")))
                 best = logits.pop().transpose(0, 1).argmax(dim=-1)
                 for row, name in enumerate(batch.sample_ids):
                     if name:

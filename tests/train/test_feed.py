@@ -1,6 +1,5 @@
 """An image that only one rank fails to decode, and ranks that read different files."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -95,13 +94,11 @@ def test_ranks_that_read_different_files_are_refused(world, data, tmp_path):
     assert len(set(fingerprints)) == 2 and fingerprints.count(fingerprints[1]) == 1
 
 
-def test_a_step_of_refused_samples_only_changes_nothing_and_does_not_fail(world, data, tmp_path):
-    """Every sample is refused: no token is scored, the loss is 0, training goes on."""
+def test_a_step_without_a_single_good_sample_ends_the_run_on_all_ranks(world, data, tmp_path):
+    """Mostly a wrong data_root: better said at once than after a night."""
     write_jsonl(tmp_path / "bad.jsonl", [chat("What?", "red", "missing.png", id=f"b{n}") for n in range(8)])
-    config = write_config(data, tmp_path / "run")
-    keys = (f"data.train=[{tmp_path / 'bad.jsonl'}]", "train.train_steps=2")
-    world.run(4, on_ranks.pretrain, load(config, "tp2pp2", *keys))
-    records = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [(r["loss"], r["loss_tokens"], r["bad_samples"]) for r in records] == [(0.0, 0, 8)] * 2
-    reasons = [json.loads(x)["reason"] for x in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    config = load(write_config(data, tmp_path / "run"), "tp2pp2", f"data.train=[{tmp_path / 'bad.jsonl'}]")
+    for error in world.run(4, on_ranks.refused, config, "train"):
+        assert error.startswith("DataError: step 1: none of its 8 samples has a scored token; 8 bad samples: missing 8")
+    reasons = [record["reason"] for record in read_lines(tmp_path / "run" / "bad_samples.jsonl")]
     assert reasons == ["missing"] * 8

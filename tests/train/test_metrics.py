@@ -36,6 +36,8 @@ def test_a_record_is_consistent_with_the_cost_model(world, data, tmp_path, layou
     assert record["mfu"] == pytest.approx(record["model_tflops"] * 1e12 / ranks[0].peak) and ranks[0].peak > 1e9
     assert record["images"] == sum(kinds.count(GLOBAL) for kinds, _ in batches) > 0
     assert record["crops"] == sum(kinds.count(CROP) for kinds, _ in batches) > 0
+    views = [sum(len(kinds) for kinds, _ in rank.views) for rank in replicas]
+    assert (record["views_of_a_replica_min"], record["views_of_a_replica_max"]) == (min(views), max(views))
     assert record["text_tokens"] == sum(sum(lengths) for _, lengths in batches)
     assert record["tokens_per_second_per_gpu"] == pytest.approx(record["text_tokens"] / 0.5 / size)
     # The slowest rank decides: 0.5 s is rank 0's time, the longest wait the last rank's.

@@ -1,0 +1,147 @@
+"""What the tests of parallel/ and of attention run on the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vl.parallel.context_parallel import gather_features, gather_sequence, local_index
+from tests.parallel.naive import naive_attention
+
+
+def fail_on_one(rank: int) -> int:
+    """Raises on one rank; the others wait for it in a collective."""
+    if dist.get_rank() == rank:
+        raise ValueError("this one does not like its input")
+    dist.barrier()
+    return dist.get_rank()
+
+
+def die_on_one(rank: int) -> None:
+    """Kills one rank as the kernel would; the others wait for it in a collective."""
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def hang_on_one(rank: int) -> None:
+    """One rank does nothing; the others are done."""
+    if dist.get_rank() == rank:
+        time.sleep(600)
+
+
+def say(word: str) -> str:
+    return f"{word} {dist.get_rank()} of {dist.get_world_size()}"
+
+
+def cpu_redirects() -> dict[str, Any]:
+    """Each redirect of the CPU adapter once, as Megatron-Core would call it."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    from megatron_vl.parallel import cpu
+
+    factories = [torch.empty, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device]
+    cpu.install()  # a second time
+    x = torch.ones(2)
+    made = [
+        torch.empty(2, device="cuda"), torch.zeros(2, device=torch.device("cuda", 0)), torch.tensor(1.0, device="cuda"),
+        torch.full((2,), 1.0, device=torch.cuda.current_device()), torch.arange(3, device="cuda", dtype=torch.int64),
+        torch.empty_like(x, device="cuda"), x.cuda(), x.to("cuda"), x.to(device="cuda"), x.to("cuda", torch.float64),
+        torch.empty(2, pin_memory=True), x.pin_memory(), torch.nn.Linear(2, 2).cuda().weight,
+    ]  # fmt: skip
+    torch.cuda.synchronize()
+    torch.cuda.set_device(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        event = stream.record_event()
+    torch.cuda.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    again = torch.rand(3)
+    megatron_random.model_parallel_cuda_manual_seed(3, tp_rank=0, ep_rank=0, etp_rank=0)
+    tracker = megatron_random.get_cuda_rng_tracker()
+    with tracker.fork():
+        inside = torch.rand(3)
+    megatron_random.model_parallel_cuda_manual_seed(3, tp_rank=0, ep_rank=0, etp_rank=0)
+    with tracker.fork():
+        inside_again = torch.rand(3)
+    try:
+        torch.cuda.Event().elapsed_time(event)
+        timed = "no error"
+    except RuntimeError as error:
+        timed = str(error)
+    return {
+        "devices": {t.device.type for t in made},
+        "dtype": made[9].dtype,
+        "types": (x.type(), x.to(torch.bfloat16).type(), x.type(torch.float64).dtype),
+        "query": stream.query() and event.query(),
+        "rng": torch.equal(first, again) and torch.equal(inside, inside_again) and not torch.equal(first, inside),
+        "timed": timed,
+        "same": factories == [torch.empty, torch.Tensor.to, torch.Tensor.type, torch.cuda.current_device],
+    }
+
+
+def sequence_exchange(bounds: tuple[int, ...]) -> dict[str, bool]:
+    """`gather_sequence` forward and backward against the whole tensor, which every rank can make."""
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(bounds[-1], 3, generator=generator)
+    weights = torch.randn(size, bounds[-1], 3, generator=generator)
+    mine = whole[local_index(bounds, size, rank)].clone().requires_grad_()
+    out = gather_sequence(mine, bounds, group)
+    (out * weights[rank]).sum().backward()
+    expected = weights.sum(0)[local_index(bounds, size, rank)]
+    return {"forward": torch.equal(out, whole), "backward": torch.allclose(mine.grad, expected)}
+
+
+def feature_exchange(counts: list[int], cp: int) -> dict[str, bool]:
+    """`gather_features` over all ranks; consecutive ranks form tensor-parallel groups of size / cp.
+
+    Tensor-parallel ranks hold the same gradient of a feature, context-parallel ranks parts of it.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    tp = size // cp
+    columns = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
+    generator = torch.Generator().manual_seed(2)
+    whole = torch.randn(sum(counts), 4, generator=generator)
+    parts = torch.randn(cp, sum(counts), 4, generator=generator)
+    begin, end = sum(counts[:rank]), sum(counts[: rank + 1])
+    mine = whole[begin:end].clone().requires_grad_()
+    out = gather_features(mine, counts, dist.group.WORLD, columns[rank % tp])
+    (out * parts[rank // tp]).sum().backward()
+    return {"forward": torch.equal(out, whole), "backward": torch.allclose(mine.grad, parts.sum(0)[begin:end])}
+
+
+def attention_errors(bounds: tuple[int, ...], packed: bool, heads: int, groups: int, causal: bool, rows: int = 1):
+    """Largest differences of output and input gradients between `TorchCoreAttention` and the naive one."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_vl.model.attention import TorchCoreAttention
+
+    size, rank, width, length = dist.get_world_size(), dist.get_rank(), 8, bounds[-1]
+    config = SimpleNamespace(kv_channels=width, attention_dropout=0.0)
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    module = TorchCoreAttention(config, 1, mask, "self", pg_collection=SimpleNamespace(cp=dist.group.WORLD))
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(length, rows, n, width, generator=generator) for n in (heads, groups, groups)]
+    weight = torch.randn(length, rows, heads * width, generator=generator)
+    reference = [x.clone().requires_grad_() for x in whole]
+    expected = naive_attention(*reference, bounds, causal)
+    (expected * weight).sum().backward()
+    index = local_index(bounds, size, rank)
+    mine = [x[index].clone().requires_grad_() for x in whole]
+    given = [x.squeeze(1) for x in mine] if packed else mine
+    out = module(*given, packed_seq_params=SimpleNamespace(bounds=bounds) if packed else None)
+    assert out.shape == ((len(index), heads * width) if packed else (len(index), rows, heads * width))
+    out = out.unsqueeze(1) if packed else out
+    (out * weight[index]).sum().backward()
+    far = [(out - expected[index]).abs().max().item()]
+    return far + [(a.grad - b.grad[index]).abs().max().item() for a, b in zip(mine, reference)]

@@ -1,0 +1,27 @@
+"""The exchanges of context parallelism, forward and backward, against plain computations."""
+
+import pytest
+import torch
+from tests.parallel.on_ranks import feature_exchange, sequence_exchange
+
+from megatron_vl.parallel.context_parallel import global_order, local_index
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gathered_sequence_and_its_gradient(world, size):
+    for answer in world.run(size, sequence_exchange, (0, 16, 40, 48)):
+        assert answer == {"forward": True, "backward": True}
+
+
+@pytest.mark.parametrize(("size", "cp", "counts"), [(2, 1, [3, 0]), (2, 2, [1, 4]), (4, 2, [2, 0, 5, 1])])
+def test_gathered_features_and_their_gradient(world, size, cp, counts):
+    for answer in world.run(size, feature_exchange, counts, cp):
+        assert answer == {"forward": True, "backward": True}
+
+
+def test_what_a_rank_holds_and_the_way_back():
+    bounds = (0, 8, 12)
+    held = [local_index(bounds, 2, rank) for rank in (0, 1)]
+    assert held[0].tolist() == [0, 1, 6, 7, 8, 11] and held[1].tolist() == [2, 3, 4, 5, 9, 10]
+    assert torch.cat(held)[global_order(bounds, 2)].tolist() == list(range(12))
+    assert local_index(bounds, 1, 0).tolist() == list(range(12))

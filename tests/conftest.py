@@ -44,7 +44,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[KeptWorld]:
-    """Eight spawned gloo ranks that all tests share; they start with the first job and again after a breakdown."""
+    """Eight spawned gloo ranks that all tests share: started by the first job, again after a breakdown."""
     kept = KeptWorld()
     yield kept
     kept.close()

@@ -24,7 +24,12 @@ def run(folder: Path, seconds: float, *arguments: str) -> Command:
 
 def test_twenty_steps(tmp_path):
     # The default --no-checks=off would fail, rightly: nothing is learnt in 20 steps.
-    keys = ["train.train_steps=20", "schedule.warmup_tokens=20000", "train.log_interval=5", "data.num_workers=0"]
+    keys = [
+        "train.train_steps=20",
+        "schedule.warmup_tokens=20000",
+        "train.log_interval=5",
+        "data.num_workers=0",
+    ]
     command = run(
         tmp_path, 600, "--train-images", "60", "--heldout-questions", "60", "--no-checks", *keys,
     )  # fmt: skip
@@ -48,7 +53,9 @@ def test_twenty_steps(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_quickstart_keeps_its_promises(tmp_path):
-    """Colour and the overall score at least twice the best constant answer, about 0 before, the fall with swapped
-    images: the script itself exits with 1 when one of them fails. Ten minutes on 2 cores."""
+    """Twice the best constant answer for colour and overall, about 0 before, the fall with swapped images.
+
+    The script itself exits with 1 when one of them fails. Ten minutes on 2 cores.
+    """
     text = run(tmp_path, 3600).stdout
     assert len(re.findall(r"^ok  ", text, flags=re.M)) == 4 and "MISS" not in text

@@ -18,7 +18,7 @@ NOT_RUN = {
     "make quickstart": "10 minutes; its 20-step form is tests/test_quickstart_run.py",
     "make test": "this is it",
     "torchrun --nproc-per-node 8": "needs 8 GPUs",
-    ".venv/bin/python tools/verify_release.py": "needs the released 20 GB; tests/tools/test_verify_release.py has a small one",
+    ".venv/bin/python tools/verify_release.py": "needs the released 20 GB; a small one is in test_verify_release.py",
     ".venv/bin/python -m megatron_vl pretrain examples/quickstart/quickstart.yaml": (
         "needs the quickstart's data; tests/train runs the same command on smaller data"
     ),
@@ -40,6 +40,22 @@ def test_the_readme_starts_with_its_first_command():
     """What it is and the first command stand within 120 words."""
     before = (ROOT / "README.md").read_text().split("make quickstart")[0]
     assert len(before.split()) <= 120
+
+
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"@[A-Z]+@", (ROOT / "README.md").read_text()) == []
+
+
+def test_the_launch_on_gpus_would_start(tmp_path, monkeypatch):
+    """All but the ranks: the line's files exist, and the run is checked as it would be before the launch."""
+    from megatron_vl.plan.checks import load_checked_run
+
+    words = shlex.split(next(c for c in commands() if c.startswith("torchrun")))
+    config, *overrides = words[words.index("pretrain") + 1 :]
+    for name in ("train.jsonl", "heldout.jsonl", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    load_checked_run(str(ROOT / config), overrides, None, 8, to_train=True)
 
 
 def test_every_exemption_is_needed():

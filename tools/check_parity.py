@@ -19,6 +19,7 @@ from megatron_vl.errors import ConfigError, MegatronVLError  # noqa: E402
 from megatron_vl.parity.check import (  # noqa: E402
     Row,
     check_all,
+    check_devices,
     make_cases,
     make_setting,
     parser,
@@ -52,6 +53,7 @@ def main() -> int:
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         setting = make_setting(args)
         cases = make_cases(args.layouts, args.placements, args.formats, args.device)
+        check_devices(cases, args.device)
         if not cases:
             raise ConfigError(f"--layouts {args.layouts!r} names no layout; nothing would be checked")
     except MegatronVLError as error:
@@ -60,11 +62,15 @@ def main() -> int:
     print(COLUMNS.format("layout", "placement", "format", "status", "loss_rel", "logits_rel", "worst_grad",
                          "worst_name", "steps"))  # fmt: skip
     rows = []
-    for row in check_all(setting, cases, args.device):
-        rows.append(row)
-        print(line(row), flush=True)
-    if args.json:
-        write_json(args.json, rows)
+    try:
+        for row in check_all(setting, cases, args.device):
+            rows.append(row)
+            print(line(row), flush=True)
+            if args.json:
+                write_json(args.json, rows)
+    except MegatronVLError as error:
+        print(f"check_parity: {error}", file=sys.stderr)
+        return 1
     count = {s: sum(r.status == s for r in rows) for s in ("ok", "failed", "refused")}
     print(f"{count['ok']} ok, {count['failed']} failed, {count['refused']} refused, "
           f"{sum(r.seconds for r in rows):.0f} s")  # fmt: skip

@@ -1,6 +1,6 @@
 """``make quickstart``: draw pictures, train the tiny model on 4 CPU ranks (TP2 x PP2), score it before and after.
 
-    python examples/quickstart/quickstart.py [--train-images N] [--no-checks] [section.key=value ...]
+python examples/quickstart/quickstart.py [--train-images N] [--no-checks] [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ HELDOUT = {"after": "heldout.jsonl", "swapped": "heldout_swapped.jsonl", "no ima
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace values of quickstart.yaml"
+    )
     parser.add_argument("--train-images", type=int, help="pictures to train on (default 3000)")
     parser.add_argument("--heldout-questions", type=int, help="held-out questions (default about 1200)")
-    parser.add_argument("--no-checks", action="store_true", help="do not fail when a promise of the table does not hold")
+    parser.add_argument(
+        "--no-checks", action="store_true", help="do not fail when a promise of the table does not hold"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -45,8 +49,12 @@ def main() -> int:
             options += ["--" + name.replace("_", "-"), str(getattr(arguments, name))]
     make_data(data_arguments(options))
     check_disjoint(folder)
-    loaded = load_checked_run(str(CONFIG), data_overrides(folder) + arguments.overrides, None, 4, to_train=True)
+    loaded = load_checked_run(
+        str(CONFIG), data_overrides(folder) + arguments.overrides, None, 4, to_train=True
+    )
     layout = Layout.from_config(loaded.config.parallel, 4)
+    if loaded.config.parallel.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["QUICKSTART_OVERRIDES"] = json.dumps(data_overrides(folder) + arguments.overrides)
     code = run_local([sys.executable, str(Path(__file__).resolve())], layout)
     if code:
@@ -87,7 +95,11 @@ def rank() -> None:
                 phase.name = f"scoring {name}"
                 data = replace(config.data, eval=[str(Path(config.data.data_root) / name)])
                 loader = eval_loader(
-                    data, config.model, place_of(runtime), config.train.micro_batch_size, config.train.global_batch_size
+                    data,
+                    config.model,
+                    place_of(runtime),
+                    config.train.micro_batch_size,
+                    config.train.global_batch_size,
                 )
                 right = score(run.parts, Feed(loader, runtime, None))
                 loader.close()
@@ -123,8 +135,9 @@ def report(run_dir: Path, folder: Path, config, seconds: float, check: bool) -> 
     for one in checks:
         print(f"{'ok  ' if one.passed else 'MISS'} {one.text}")
     print(
-        f"\n{config.train.train_steps} steps, {seconds / 60:.1f} minutes in all. In {run_dir}/: data/ (pictures, questions, "
-        "tokenizer.model), config.yaml,\nmetrics.jsonl, bad_samples.jsonl (if any), checkpoints/, scores.json"
+        f"\n{config.train.train_steps} steps, {seconds / 60:.1f} minutes in all. In {run_dir}/: data/ (pictures, "
+        "questions, tokenizer.model), config.yaml,\nmetrics.jsonl, bad_samples.jsonl (if any), checkpoints/, "
+        "scores.json"
     )
     return 1 if check and not all(one.passed for one in checks) else 0
 

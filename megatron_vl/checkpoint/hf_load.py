@@ -38,7 +38,7 @@ class HFCheckpoint:
             if not single.is_file():
                 raise CheckpointError(f"{self.directory}: neither {INDEX} nor model.safetensors is there")
             with self._safe_open(single.name) as file:
-                return {name: single.name for name in file.keys()}
+                return dict.fromkeys(file.keys(), single.name)
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError, OSError) as error:

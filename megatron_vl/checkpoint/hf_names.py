@@ -78,7 +78,9 @@ def _vision_rules(model: ModelConfig) -> list[Rule]:
     add("vit_downsampler2.weight", "vit_downsampler2.weight", (4 * w, 2 * w, 3, 3), 1, "rows")
     add("vit_downsampler2.bias", "vit_downsampler2.bias", (4 * w,))
     shape = (model.text.hidden_size, 4 * w)
-    rules.append(Rule("projector.linear.weight", (("vit_large_projector.weight", shape),), "copy", 0, PROJECTOR))
+    rules.append(
+        Rule("projector.linear.weight", (("vit_large_projector.weight", shape),), "copy", 0, PROJECTOR)
+    )
     return rules
 
 
@@ -88,7 +90,9 @@ def _decoder_rules(model: ModelConfig) -> list[Rule]:
     q, kv = t.num_attention_heads * d, t.num_query_groups * d
     rules: list[Rule] = []
 
-    def add(ours: str, hf: Sequence[tuple[str, tuple[int, ...]]], axis=None, kind="copy", padded=False) -> None:
+    def add(
+        ours: str, hf: Sequence[tuple[str, tuple[int, ...]]], axis=None, kind="copy", padded=False
+    ) -> None:
         rules.append(Rule(f"language_model.{ours}", tuple(hf), kind, axis, DECODER, padded))
 
     embed = ("model.embed_tokens.weight", (t.vocab_size, h))
@@ -156,7 +160,9 @@ def to_hf(rule: Rule, whole: torch.Tensor, model: ModelConfig) -> dict[str, torc
     return {names[0]: torch.cat(blocks)} if rule.kind == "stacked_qkv" else dict(zip(names, blocks))
 
 
-def _qkv_blocks(rule: Rule, tensors: Sequence[torch.Tensor], model: ModelConfig) -> tuple[int, list[torch.Tensor]]:
+def _qkv_blocks(
+    rule: Rule, tensors: Sequence[torch.Tensor], model: ModelConfig
+) -> tuple[int, list[torch.Tensor]]:
     if rule.kind == "stacked_qkv":
         return model.vision.num_attention_heads, list(tensors[0].chunk(3))
     assert rule.kind == "qkv", rule.kind

@@ -32,7 +32,9 @@ class Progress:
     data: str = ""
 
 
-def save(folder: Path, progress: Progress, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer) -> Path:
+def save(
+    folder: Path, progress: Progress, runtime: Runtime, chunks: list, optimizer: MegatronOptimizer
+) -> Path:
     """Write a checkpoint; every rank calls it. Returns its folder.
 
     Raises:
@@ -86,7 +88,9 @@ def newest(folder: Path) -> Path | None:
         return None
     name = pointer.read_text().strip()
     if Path(name).name != name or not (folder / name / "meta.json").is_file():
-        raise CheckpointError(f"{pointer} names {name!r}, which is no checkpoint in {folder}; correct or remove it")
+        raise CheckpointError(
+            f"{pointer} names {name!r}, which is no checkpoint in {folder}; correct or remove it"
+        )
     return folder / name
 
 
@@ -103,7 +107,9 @@ def restore(checkpoint: Path, runtime: Runtime, chunks: list, optimizer: Megatro
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / 'meta.json'} cannot be read: {error!r}") from error
     if saved_layout != layout:
-        raise CheckpointError(f"{checkpoint} was saved on {saved_layout}; this run has {layout}: resume in the same layout")
+        raise CheckpointError(
+            f"{checkpoint} was saved on {saved_layout}; this run has {layout}: resume in the same layout"
+        )
     path = checkpoint / f"rank_{runtime.rank:05d}.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -138,7 +144,9 @@ def _load(state: dict, chunks: list, optimizer: MegatronOptimizer) -> None:
 def _copy(target: torch.nn.Parameter, value: torch.Tensor, name: str) -> None:
     """Copy without broadcasting or conversion."""
     if (target.shape, target.dtype) != (value.shape, value.dtype):
-        raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, here {tuple(target.shape)} {target.dtype}")
+        raise ValueError(
+            f"{name} is {tuple(value.shape)} {value.dtype}, here {tuple(target.shape)} {target.dtype}"
+        )
     target.data.copy_(value)
 
 

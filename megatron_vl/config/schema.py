@@ -36,8 +36,6 @@ class ParallelConfig:
         choices=("data", "tensor"),
     )
     use_distributed_optimizer: bool = key("shard optimizer state and fp32 weights over DP x CP", True)
-    overlap_grad_reduce: bool = key("reduce gradients while the backward pass runs", False)
-    overlap_param_gather: bool = key("gather weights while the forward pass runs", False)
     device: str = key("where to run; auto = cuda when there is one", "auto", choices=("auto", "cpu", "cuda"))
     layer_backend: str = key(
         "who supplies the layers; auto = transformer_engine on cuda when installed",

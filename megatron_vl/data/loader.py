@@ -140,8 +140,9 @@ class Loader:
                 raise
             raise DataError(
                 f"loading of step {self.step} failed: {str(error).splitlines()[0]} A worker that is killed "
-                f"has mostly run out of memory; one that is silent for {self._timeout_seconds:g} s has "
-                "mostly lost its file system. data.num_workers=0 loads in the training process"
+                "has mostly run out of memory, or of /dev/shm in a container (start it with --ipc=host); one "
+                f"that is silent for {self._timeout_seconds:g} s has mostly lost its file system. "
+                "data.num_workers=0 loads in the training process"
             ) from error
         self.step += 1
         self.wait_seconds = time.perf_counter() - begin

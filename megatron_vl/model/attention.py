@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_vl.parallel.context_parallel import gather_sequence
 
@@ -76,11 +77,16 @@ class TorchCoreAttention(torch.nn.Module):
     def _attend(self, query, key, value, diagonal: int | None) -> torch.Tensor:
         """``[q, b, n, d]`` against ``[k, b, g, d]``; row i may look at keys up to i + diagonal (None: all)."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None
-        if diagonal:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(diagonal)
+        assert diagonal is None or k.shape[2] == diagonal + q.shape[2]
+        mask = causal_lower_right(q.shape[2], k.shape[2]) if diagonal else None
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=diagonal == 0, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=diagonal == 0,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.permute(2, 0, 1, 3)
 
@@ -90,7 +96,9 @@ def document_bounds(params: PackedSeqParams) -> tuple[int, ...]:
     return params.bounds
 
 
-def segments(bounds: tuple[int, ...], cp: int, rank: int, causal: bool) -> list[tuple[int, int, int, int, int | None]]:
+def segments(
+    bounds: tuple[int, ...], cp: int, rank: int, causal: bool
+) -> list[tuple[int, int, int, int, int | None]]:
     """The attention calls of one context-parallel rank.
 
     bounds: padded document boundaries in the row. Returns ``(q0, q1, k0, k1, diagonal)``: local query rows,
@@ -102,9 +110,11 @@ def segments(bounds: tuple[int, ...], cp: int, rank: int, causal: bool) -> list[
         length = end - start
         if length == 0:
             continue
-        pieces = [(0, length)] if cp == 1 else [
-            (i * (length // (2 * cp)), length // (2 * cp)) for i in (rank, 2 * cp - 1 - rank)
-        ]
+        pieces = (
+            [(0, length)]
+            if cp == 1
+            else [(i * (length // (2 * cp)), length // (2 * cp)) for i in (rank, 2 * cp - 1 - rank)]
+        )
         for offset, size in pieces:
             last = start + offset + size if causal else end
             calls.append((local, local + size, start, last, offset if causal else None))
@@ -112,7 +122,9 @@ def segments(bounds: tuple[int, ...], cp: int, rank: int, causal: bool) -> list[
     return calls
 
 
-def packed_params(bounds: list[int] | None, lengths: list[int], device: torch.device) -> PackedSeqParams | None:
+def packed_params(
+    bounds: list[int] | None, lengths: list[int], device: torch.device
+) -> PackedSeqParams | None:
     """``PackedSeqParams`` of a packed row, None for a dense one.
 
     bounds: padded document boundaries ``[0, ..., S]``. lengths: true document lengths. ``max_seqlen`` is the

@@ -77,7 +77,9 @@ def _transformer_engine() -> Backend:
     )  # fmt: skip
 
 
-def layer_spec(backend: Backend, causal: bool, qk_norm: bool, residual: ModuleSpec | Callable | None = None) -> ModuleSpec:
+def layer_spec(
+    backend: Backend, causal: bool, qk_norm: bool, residual: ModuleSpec | Callable | None = None
+) -> ModuleSpec:
     """A pre-norm transformer layer.
 
     residual: what fills the bias-dropout-add slots (default: Megatron-Core's own).

@@ -41,24 +41,3 @@ def put_features(
     """``embeddings`` ``[s, b, h]`` with the rows of ``features`` ``[n, h]`` in their slots; differentiable in both."""
     rows, positions, order = slots
     return embeddings.index_put((positions, rows), features.index_select(0, order).to(embeddings.dtype))
-
-
-class _Untouched(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
-
-
-def with_zero_gradients(x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
-    """``x`` unchanged, in whose backward pass every parameter receives a zero gradient.
-
-    For a rank without views while gradients are reduced during the backward pass: a bucket is sent when each of its
-    parameters has reported a gradient, so an idle tower would keep its data-parallel peers waiting.
-    """
-    wanted = [p for p in parameters if p.requires_grad]
-    return _Untouched.apply(x, *wanted) if wanted and torch.is_grad_enabled() else x

@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
-from megatron_vl.model.fusion import feature_slots, put_features, with_zero_gradients
+from megatron_vl.model.fusion import feature_slots, put_features
 from megatron_vl.model.projector import Projector
 from megatron_vl.model.vision_encoder import VisionEncoder
-from megatron_vl.parallel.context_parallel import gather_features, local_index
+from megatron_vl.parallel.context_parallel import gather_features, held_positions, take_local
 from megatron_vl.parallel.groups import Groups
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL, gathered_order, share_views
@@ -54,10 +54,8 @@ class Step3VL(MegatronModule):
         backend: Backend,
         groups: Groups,
         vp_stage: int | None,
-        overlap_grad_reduce: bool = False,
     ) -> None:
         super().__init__(decoder)
-        self.overlap_grad_reduce = overlap_grad_reduce
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
         self.pre_process, self.post_process = stage.has_embedding, stage.has_head
         self.share_embeddings_and_output_weights = False
@@ -129,21 +127,19 @@ class Step3VL(MegatronModule):
 
     def forward(self, inputs: StageInputs) -> torch.Tensor:
         """Hidden states ``[S / cp (/ tp), b, h]``, on the last stage per-token losses ``[b, S / cp]`` fp32."""
-        cp = self.groups.cp
-        bounds = tuple(inputs.bounds or (0, inputs.input_ids.shape[1]))
-        index = local_index(bounds, cp.size(), cp.rank()).to(inputs.input_ids.device) if cp.size() > 1 else None
-        labels = inputs.labels if index is None else inputs.labels[:, index]
+        labels = take_local(inputs.labels, inputs.bounds, self.groups.cp)
         return self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
-            decoder_input=self._embed(inputs, index) if self.pre_process else None,
+            decoder_input=self._embed(inputs) if self.pre_process else None,
             labels=labels.clamp(min=0) if self.post_process else None,
             packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
         )
 
-    def _embed(self, inputs: StageInputs, index: torch.Tensor | None) -> torch.Tensor:
+    def _embed(self, inputs: StageInputs) -> torch.Tensor:
         """Token embeddings of this rank's positions with image features put in: ``[S / cp (/ tp), b, h]``."""
+        index = held_positions(inputs.input_ids, inputs.bounds, self.groups.cp)
         ids = inputs.input_ids if index is None else inputs.input_ids[:, index]
         embeddings = self.language_model.embedding(input_ids=ids, position_ids=None)
         features = self.encode_views(inputs)
@@ -151,8 +147,6 @@ class Step3VL(MegatronModule):
         slots = feature_slots(inputs.input_ids, index, self.model.tokens.im_patch, count, inputs.sample_ids)
         if features is not None:
             embeddings = put_features(embeddings, features, slots)
-        if self.overlap_grad_reduce and not inputs.crop_pixels.shape[0] and not inputs.global_pixels.shape[0]:
-            embeddings = with_zero_gradients(embeddings, self.vision_parameters())
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
         return embeddings
@@ -170,10 +164,14 @@ class Step3VL(MegatronModule):
         tokens = (vision.crop_tokens, vision.global_tokens)
         assert (CROP, GLOBAL) == (0, 1), "kinds index the pair of token counts"
         mine = [
-            self._project(pixels) for pixels in (inputs.crop_pixels, inputs.global_pixels) if pixels.shape[0] > 0
+            self._project(pixels)
+            for pixels in (inputs.crop_pixels, inputs.global_pixels)
+            if pixels.shape[0] > 0
         ]
         device, dtype = inputs.input_ids.device, self.language_model.embedding.word_embeddings.weight.dtype
-        rows = torch.cat(mine) if mine else torch.zeros((0, self.config.hidden_size), device=device, dtype=dtype)
+        rows = (
+            torch.cat(mine) if mine else torch.zeros((0, self.config.hidden_size), device=device, dtype=dtype)
+        )
         if not mine and torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters()):
             rows.requires_grad_()  # the exchange must have a backward on every rank, or its peers wait for ever
         counts = [sum(tokens[kinds[v]] for v in views) for views in share_views(kinds, group.size())]

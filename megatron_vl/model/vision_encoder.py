@@ -100,13 +100,18 @@ class VisionEncoder(MegatronModule):
         )
         # use_cpu_initialization decides where Megatron-Core puts its weights; the table follows the first one
         self.positional_embedding = torch.nn.Parameter(
-            torch.empty(vision.global_grid**2, width, dtype=config.params_dtype, device=self.conv1.weight.device)
+            torch.empty(
+                vision.global_grid**2, width, dtype=config.params_dtype, device=self.conv1.weight.device
+            )
         )
         self.ln_pre = backend.norm(config=config, hidden_size=width, eps=config.layernorm_epsilon)
         scale = ModuleSpec(LayerScaleResidual, params={"hidden_size": width, "dtype": config.params_dtype})
         layer = layer_spec(backend, causal=False, qk_norm=False, residual=scale)
         self.transformer = TransformerBlock(
-            config, block_spec(layer, vision.num_layers, backend), post_layer_norm=False, pg_collection=pg_collection
+            config,
+            block_spec(layer, vision.num_layers, backend),
+            post_layer_norm=False,
+            pg_collection=pg_collection,
         )
         self.vit_downsampler1 = ColumnParallelLinear(9 * width, 2 * width, gather_output=False, **linear)
         self.vit_downsampler2 = RowParallelLinear(

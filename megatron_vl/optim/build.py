@@ -20,9 +20,13 @@ def parameter_groups(config: OptimConfig) -> dict[ParamKey, dict]:
     for the vision part and for the projector."""
     groups = {_group("vectors", lambda p, name: p.dim() == 1): {"wd_mult": 0.0}}
     if config.vision_lr_scale != 1.0:
-        groups[_group("vision", lambda p, name: "vision_model." in name)] = {"lr_mult": config.vision_lr_scale}
+        groups[_group("vision", lambda p, name: "vision_model." in name)] = {
+            "lr_mult": config.vision_lr_scale
+        }
     if config.projector_lr_scale != 1.0:
-        groups[_group("projector", lambda p, name: "projector." in name)] = {"lr_mult": config.projector_lr_scale}
+        groups[_group("projector", lambda p, name: "projector." in name)] = {
+            "lr_mult": config.projector_lr_scale
+        }
     return groups
 
 

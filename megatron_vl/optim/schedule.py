@@ -10,11 +10,11 @@ from megatron_vl.config.schema import ScheduleConfig
 def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
     """Learning rate after ``tokens`` consumed tokens.
 
-    Phases follow one another; behind the last one its end value holds. The linear warm-up multiplies the first
-    phase and starts above 0: step one would otherwise do nothing. Tokens, not iterations, are the knob, because
+    Phases follow one another; behind the last one its end value holds. The linear warm-up from 0 multiplies it, so
+    the very first step only fills the optimizer's averages. Tokens, not iterations, are the knob, because
     the published iteration count does not agree with the token count (spec/recipe.md 1).
     """
-    warm = min(1.0, (tokens + 1) / schedule.warmup_tokens) if schedule.warmup_tokens else 1.0
+    warm = min(1.0, tokens / schedule.warmup_tokens) if schedule.warmup_tokens else 1.0
     start = 0
     for phase in schedule.phases:
         if tokens < start + phase.tokens:

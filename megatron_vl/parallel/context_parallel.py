@@ -13,18 +13,37 @@ import torch.distributed as dist
 
 from megatron_vl.plan.sequence import zigzag
 
+CPU = torch.device("cpu")
+
 
 @lru_cache(maxsize=64)
-def local_index(cu_seqlens: tuple[int, ...], cp_size: int, cp_rank: int) -> torch.Tensor:
+def local_index(
+    cu_seqlens: tuple[int, ...], cp_size: int, cp_rank: int, device: torch.device = CPU
+) -> torch.Tensor:
     """Positions (int64 ``[S / cp]``) of the row that ``cp_rank`` holds, in its local order."""
-    return torch.tensor(zigzag(cu_seqlens, cp_size)[cp_rank], dtype=torch.int64)
+    return torch.tensor(zigzag(cu_seqlens, cp_size)[cp_rank], dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=64)
-def global_order(cu_seqlens: tuple[int, ...], cp_size: int) -> torch.Tensor:
+def global_order(cu_seqlens: tuple[int, ...], cp_size: int, device: torch.device = CPU) -> torch.Tensor:
     """Index (int64 ``[S]``) that puts the ranks' concatenated tokens back into row order."""
     held = torch.tensor([i for rank in zigzag(cu_seqlens, cp_size) for i in rank], dtype=torch.int64)
-    return torch.argsort(held)
+    return torch.argsort(held).to(device)
+
+
+def held_positions(
+    rows: torch.Tensor, bounds: list[int] | None, group: dist.ProcessGroup
+) -> torch.Tensor | None:
+    """Positions of whole rows ``[b, S]`` that this context-parallel rank holds; None = all. bounds None = dense."""
+    if group.size() == 1:
+        return None
+    return local_index(tuple(bounds or (0, rows.shape[1])), group.size(), group.rank(), rows.device)
+
+
+def take_local(rows: torch.Tensor, bounds: list[int] | None, group: dist.ProcessGroup) -> torch.Tensor:
+    """What this context-parallel rank holds of whole rows: ``[b, S] -> [b, S / cp]``."""
+    index = held_positions(rows, bounds, group)
+    return rows if index is None else rows[:, index]
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -52,7 +71,7 @@ class _GatherSequence(torch.autograd.Function):
 
 def gather_sequence(x: torch.Tensor, cu_seqlens: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
     """Every rank's tokens in row order: ``[S / cp, ...] -> [S, ...]``, differentiable."""
-    index = global_order(cu_seqlens, group.size()).to(x.device)
+    index = global_order(cu_seqlens, group.size(), x.device)
     return _GatherSequence.apply(x, group).index_select(0, index)
 
 

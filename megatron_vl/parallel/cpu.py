@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class InertStream:
 
     wait_stream = wait_event = synchronize = record = wait = _nothing
 
-    def record_event(self, event: Any = None) -> "InertStream":
+    def record_event(self, event: Any = None) -> InertStream:
         return event if event is not None else InertStream()
 
     def query(self) -> bool:

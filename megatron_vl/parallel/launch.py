@@ -17,7 +17,9 @@ GRACE_SECONDS = 15.0
 
 def launched() -> bool:
     """Whether this process is already a rank of a launcher."""
-    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
+    return "RANK" in os.environ or (
+        "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    )
 
 
 def run_local(command: Sequence[str], layout: Layout) -> int:
@@ -56,7 +58,9 @@ def _watch(processes: list[subprocess.Popen], layout: Layout) -> int:
         if failed:
             # the others fail because of the one that was killed, sometimes before we look again
             rank, code = min(failed, key=lambda item: (item[1] > 0 or item[1] == -signal.SIGABRT, item[0]))
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            )
             print(f"{layout.describe(rank)} {how}; stopping the other ranks", file=sys.stderr, flush=True)
             return code if code > 0 else 128 - code
         if all(code == 0 for code in codes):

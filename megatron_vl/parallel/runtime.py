@@ -31,7 +31,7 @@ class Runtime:
     layout: Layout
     rank: int
     coords: Coords
-    groups: "Groups"  # noqa: F821
+    groups: Groups  # noqa: F821
     device: torch.device
 
     @property
@@ -67,13 +67,20 @@ def read_environment() -> Environment:
     if "RANK" in env:
         missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
         if missing:
-            raise ConfigError(f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start with torchrun or --nproc")
+            raise ConfigError(
+                f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start with torchrun or --nproc"
+            )
         return Environment(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env]
         if missing:
-            raise ConfigError(f"under srun {' and '.join(missing)} must be exported by the sbatch file")
-        return Environment(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)))
+            raise ConfigError(
+                f"under srun {' and '.join(missing)} must be exported, e.g. MASTER_ADDR=$(scontrol show hostnames "
+                "$SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
+            )
+        return Environment(
+            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+        )
     return Environment(0, 1, 0)
 
 
@@ -91,7 +98,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"local rank {local_rank}: only {torch.cuda.device_count()} CUDA device(s) on this node; "
                 "start as many ranks per node as there are devices"
             )
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core's overlap relies on the order
+        os.environ.setdefault(
+            "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+        )  # Megatron-Core's overlap relies on the order
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     cpu.install()
@@ -158,7 +167,7 @@ def start_from_environment(parallel: ParallelConfig, seed: int) -> Iterator[Runt
 
 
 @contextmanager
-def reported(runtime: Runtime, phase: "Phase") -> Iterator[None]:
+def reported(runtime: Runtime, phase: Phase) -> Iterator[None]:
     """Print which rank failed in which phase, then let the error go on."""
     try:
         yield
@@ -166,7 +175,11 @@ def reported(runtime: Runtime, phase: "Phase") -> Iterator[None]:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(f"{runtime.name} failed while {phase.name} at step {phase.step}: {first}", file=sys.stderr, flush=True)
+        print(
+            f"{runtime.name} failed while {phase.name} at step {phase.step}: {first}",
+            file=sys.stderr,
+            flush=True,
+        )
         raise
 
 

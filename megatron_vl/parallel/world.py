@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,8 @@ class _Job:
 def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connection) -> None:
     """One process of the world: take a job, join its group, answer, until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 
@@ -42,10 +45,10 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     choose_device(device, rank if device == "cuda" else 0)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
-    pipe.send(("ready", None))
+    _send(pipe, ("ready", None))
     while True:
         try:
-            job: _Job = pipe.recv()
+            job: _Job = _receive(pipe)
         except EOFError:
             return
         try:
@@ -61,7 +64,17 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
             dist.destroy_process_group()
         except BaseException as error:  # the parent decides; nothing is swallowed
             answer = ("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
-        pipe.send(answer)
+        _send(pipe, answer)
+
+
+def _send(pipe: Connection, item: Any) -> None:
+    """By value: torch's own pickler would pass each tensor as an open file, and a thousand are the usual limit."""
+    pipe.send_bytes(pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def _receive(pipe: Connection) -> Any:
+    """What `_send` sent; the bytes come from our own processes."""
+    return pickle.loads(pipe.recv_bytes())
 
 
 class LocalWorld:
@@ -97,7 +110,7 @@ class LocalWorld:
         assert size <= self.size, f"the world has {self.size} ranks"
         self._jobs += 1
         for pipe in self._pipes[:size]:
-            pipe.send(_Job(self._jobs, size, function, args))
+            _send(pipe, _Job(self._jobs, size, function, args))
         return self._collect(size, time.monotonic() + limit)
 
     def _collect(self, size: int, deadline: float) -> list[Any]:
@@ -109,7 +122,9 @@ class LocalWorld:
             if not ready:
                 waiting = sorted(pending.values())
                 self.close()
-                raise RankFailed(f"rank(s) {waiting} did not answer in time")
+                raise RankFailed(
+                    f"rank(s) {waiting} did not answer in time: a hang in a collective; see the ranks' own output"
+                )
             for item in ready:
                 rank = pending[item] if item in pending else sentinels[item]
                 if rank in answers:
@@ -120,15 +135,19 @@ class LocalWorld:
     def _receive(self, rank: int) -> Any:
         pipe, process = self._pipes[rank], self._processes[rank]
         try:
-            kind, value = pipe.recv() if pipe.poll(1.0) else ("died", None)
+            kind, value = _receive(pipe) if pipe.poll(1.0) else ("died", None)
         except EOFError:
             kind, value = "died", None
         if kind in ("ready", "done"):
             return value
-        process.join(1.0) if kind == "died" else None
-        code = process.exitcode
-        self.close()
         if kind == "died":
+            process.join(1.0)
+        else:  # a rank that lost its peer fails too; the peer's death is the cause, and may show a moment later
+            wait([p.sentinel for p in self._processes], timeout=0.5)
+        dead = {r: p.exitcode for r, p in enumerate(self._processes) if p.exitcode is not None}
+        self.close()
+        if dead or kind == "died":
+            rank, code = next(iter(dead.items()), (rank, None))
             raise RankFailed(f"rank {rank} died with exit code {code}")
         raise RankFailed(f"rank {rank} failed: {value[0]}\n{value[1]}")
 
@@ -147,7 +166,7 @@ class LocalWorld:
             pipe.close()
         self._processes, self._pipes = [], []
 
-    def __enter__(self) -> "LocalWorld":
+    def __enter__(self) -> LocalWorld:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -6,13 +6,22 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.config.hf_config import model_from_hf
 from megatron_vl.config.model import ModelConfig
-from megatron_vl.config.schema import DataConfig, OptimConfig, PrecisionConfig, RunConfig, TrainConfig
+from megatron_vl.config.schema import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel.world import LocalWorld, RankFailed
 from megatron_vl.parity.compare import BF16, FP32, Assembled, Tolerances, distances, gradient_distances
@@ -82,7 +91,11 @@ def refusal(case: Case, setting: Setting) -> str:
     batches = arrange(setting.docs, case.layout, case.packed)
     train = TrainConfig(micro_batch_size=1, global_batch_size=case.layout.dp * len(batches.rows[0]))
     problems = check_layout(
-        setting.model, case.named.parallel, train, DataConfig(seq_length=batches.seq_length), case.named.world_size
+        setting.model,
+        case.named.parallel,
+        train,
+        DataConfig(seq_length=batches.seq_length),
+        case.named.world_size,
     )
     return "; ".join(str(p) for p in problems)
 
@@ -97,7 +110,7 @@ def check_case(world: LocalWorld, case: Case, setting: Setting, baseline: list[f
     batches = arrange(setting.docs, layout, case.packed)
     config = RunConfig(
         model=setting.model,
-        parallel=case.named.parallel,
+        parallel=parallel_of(case.named, setting),
         precision=PrecisionConfig(params=setting.dtype),
         data=DataConfig(seq_length=batches.seq_length),
         optim=OptimConfig(clip_grad=1.0),
@@ -111,10 +124,19 @@ def check_case(world: LocalWorld, case: Case, setting: Setting, baseline: list[f
     gradients = gradient_distances(assembled, setting.reference)
     judge(row, outputs, gradients, setting)
     if setting.steps:
-        losses = world.run(layout.world_size, run, Job(config, str(setting.directory), batches, setting.steps, setting.lr))
+        losses = world.run(
+            layout.world_size, run, Job(config, str(setting.directory), batches, setting.steps, setting.lr)
+        )
         judge_steps(row, losses[0].losses, baseline)
     row.seconds = round(time.monotonic() - begin, 2)
     return row
+
+
+def parallel_of(named: NamedLayout, setting: Setting) -> ParallelConfig:
+    """The layout's keys; fp32 runs on the torch layers, because Transformer Engine's fp32 products use TF32."""
+    if setting.dtype == "fp32":
+        return replace(named.parallel, layer_backend="torch")
+    return named.parallel
 
 
 def judge(row: Row, outputs: dict[str, float], gradients: dict[str, float], setting: Setting) -> None:
@@ -132,8 +154,12 @@ def judge(row: Row, outputs: dict[str, float], gradients: dict[str, float], sett
     over_gradients = [n for n, v in gradients.items() if not v <= bound.gradient]
     if over or over_gradients:
         row.status = "failed"
-        listed = [f"{n} {outputs[n]:.1e}" for n in over] + [f"grad {n} {gradients[n]:.1e}" for n in over_gradients]
-        row.rule = f"{len(listed)} over the bound: " + ", ".join(listed[:5]) + (" ..." if len(listed) > 5 else "")
+        listed = [f"{n} {outputs[n]:.1e}" for n in over] + [
+            f"grad {n} {gradients[n]:.1e}" for n in over_gradients
+        ]
+        row.rule = (
+            f"{len(listed)} over the bound: " + ", ".join(listed[:5]) + (" ..." if len(listed) > 5 else "")
+        )
     if setting.bisect:
         row.diverged = over[0] if over else ("gradients only" if over_gradients else "nothing")
 
@@ -158,7 +184,7 @@ def trajectory(world: LocalWorld, setting: Setting, device: str) -> list[float] 
     batches = arrange(setting.docs, Layout(), packed=False)
     config = RunConfig(
         model=setting.model,
-        parallel=named.parallel,
+        parallel=parallel_of(named, setting),
         precision=PrecisionConfig(params=setting.dtype),
         data=DataConfig(seq_length=batches.seq_length),
     )
@@ -190,7 +216,10 @@ def make_cases(layouts: str, placements: str, formats: str, device: str) -> list
         ConfigError: an unknown layout, placement or format.
     """
     names = list(ALL) if layouts == "all" else [n for n in layouts.split(",") if n]
-    for given, known, what in ((placements, ("data", "tensor"), "placement"), (formats, ("dense", "packed"), "format")):
+    for given, known, what in (
+        (placements, ("data", "tensor"), "placement"),
+        (formats, ("dense", "packed"), "format"),
+    ):
         bad = [g for g in given.split(",") if g not in known]
         if bad:
             raise ConfigError(f"{what} {bad[0]!r} is unknown; use {' or '.join(known)}")
@@ -200,6 +229,16 @@ def make_cases(layouts: str, placements: str, formats: str, device: str) -> list
         for placement in placements.split(",")
         for form in formats.split(",")
     ]
+
+
+def check_devices(cases: list[Case], device: str) -> None:
+    """Raises ConfigError when a layout needs more CUDA devices than there are."""
+    needed = max((c.named.world_size for c in cases), default=1)
+    if device == "cuda" and needed > torch.cuda.device_count():
+        raise ConfigError(
+            f"--layouts: {needed} ranks need {needed} CUDA devices, {torch.cuda.device_count()} are visible; choose "
+            "smaller layouts, or --device cpu with CUDA_VISIBLE_DEVICES=''"
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,7 +252,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layouts", default="all", help=f"all, or names separated by commas: {', '.join(ALL)}")
     p.add_argument("--placements", default="data,tensor", help="where the tower's work goes (default: both)")
     p.add_argument("--formats", default="dense,packed", help="row formats (default: both)")
-    p.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="compute dtype; sets the tolerances")
+    p.add_argument(
+        "--dtype", default="fp32", choices=("fp32", "bf16"), help="compute dtype; sets the tolerances"
+    )
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     p.add_argument("--steps", default=0, type=int, help="also compare a trajectory of this many AdamW steps")
     p.add_argument("--lr", default=1e-4, type=float, help="learning rate of --steps")
@@ -228,11 +269,12 @@ def make_setting(args: argparse.Namespace) -> Setting:
     HFCheckpoint(args.hf).check(model)
     reference = read_reference(args.reference)
     return Setting(
-        args.hf, model, reference, documents(reference), BF16 if args.dtype == "bf16" else FP32, args.dtype,
+        args.hf, model, reference, documents(reference, model), BF16 if args.dtype == "bf16" else FP32, args.dtype,
         args.steps, args.lr, args.bisect,
     )  # fmt: skip
 
 
 def write_json(path: Path, rows: list[Row]) -> None:
     """The rows as a JSON list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -56,7 +56,14 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 class Assembled:
     """The whole tensors of one layout's run, in the reference's shapes."""
 
-    def __init__(self, seen: Sequence[Seen], layout: Layout, batches: Batches, docs: Sequence[Document], model: ModelConfig):
+    def __init__(
+        self,
+        seen: Sequence[Seen],
+        layout: Layout,
+        batches: Batches,
+        docs: Sequence[Document],
+        model: ModelConfig,
+    ):
         self.seen = {s.rank: s for s in seen}
         self.layout, self.batches, self.docs, self.model = layout, batches, docs, model
 
@@ -88,7 +95,9 @@ class Assembled:
         tensors = [t for number in sorted(parts) for t in parts[number]]
         return torch.stack(tensors) if tensors else None
 
-    def _views_of(self, dp: int, micro_batch: int, kinds: list[int], kind: int, name: str) -> dict[int, torch.Tensor]:
+    def _views_of(
+        self, dp: int, micro_batch: int, kinds: list[int], kind: int, name: str
+    ) -> dict[int, torch.Tensor]:
         found = {}
         size = self.layout.vision_size
         for vision_rank, views in enumerate(share_views(kinds, size)):
@@ -143,7 +152,14 @@ def distances(assembled: Assembled, reference: Reference, stage_of: dict[int, in
     stage_of: decoder layer -> pipeline rank. ``ce`` compares scored positions only (the file holds 0 elsewhere).
     """
     model, t = assembled.model, reference.tensors
-    names = ["embed", *(f"block{i}" for i in range(model.vision.num_layers)), "tower", "down1", "down2", "projected"]
+    names = [
+        "embed",
+        *(f"block{i}" for i in range(model.vision.num_layers)),
+        "tower",
+        "down1",
+        "down2",
+        "projected",
+    ]
     found: dict[str, float] = {}
 
     def compare(name: str, make) -> None:
@@ -155,7 +171,11 @@ def distances(assembled: Assembled, reference: Reference, stage_of: dict[int, in
         for kind, word in ((CROP, "crop"), (1 - CROP, "global")):
             compare(f"vision.{word}.{name}", lambda: assembled.view_tensor(kind, name))
     last = assembled.layout.pp - 1
-    rows = [("embeds", 0), *((f"hidden{i}", stage_of[i]) for i in range(model.text.num_layers)), ("logits", last)]
+    rows = [
+        ("embeds", 0),
+        *((f"hidden{i}", stage_of[i]) for i in range(model.text.num_layers)),
+        ("logits", last),
+    ]
     for name, pp in rows:
         for number in range(reference.samples):
             compare(f"sample{number}.{name}", lambda: assembled.sample_tensor(number, name, pp))
@@ -171,6 +191,8 @@ def gradient_distances(assembled: Assembled, reference: Reference) -> dict[str, 
     ours = assembled.gradients()
     found = {}
     for name in reference.names("grad."):
-        found[name] = relative(ours[name], reference.tensors[f"grad.{name}"]) if name in ours else float("inf")
+        found[name] = (
+            relative(ours[name], reference.tensors[f"grad.{name}"]) if name in ours else float("inf")
+        )
     found.update({f"{name} (not in the reference)": float("inf") for name in ours if name not in found})
     return found

@@ -38,7 +38,9 @@ def parse_layout(name: str, placement: str, device: str) -> NamedLayout:
         match = SIZES.match(text, position)
         key = match and (match.group(1) or match.group(3))
         if not match or key in seen:
-            raise ConfigError(f"layout {name!r}: {text[position:]!r} is no part; use e.g. {', '.join(ALL[1:6])} or all")
+            raise ConfigError(
+                f"layout {name!r}: {text[position:]!r} is no part; use e.g. {', '.join(ALL[1:6])} or all"
+            )
         sizes[key] = int(match.group(2) or 1)
         seen.append(key)
         position = match.end()

@@ -55,7 +55,7 @@ class Job:
 def run(job: Job) -> Seen:
     """The function that ``LocalWorld.run`` calls on every rank."""
     config = job.config
-    device = choose_device(config.parallel.device, 0)
+    device = choose_device(config.parallel.device, dist.get_rank())
     runtime = start(config.parallel, config.train.seed, device)
     parts = build(config, runtime, HFCheckpoint(job.directory).tensor, with_optimizer=job.steps > 0)
     feed = micro_batches(job.batches, config.model, runtime.layout, runtime.rank)
@@ -78,7 +78,9 @@ def run(job: Job) -> Seen:
         gather_gradients(chunk)
         for name, parameter in chunk.module.named_parameters():
             if parameter.requires_grad:
-                seen.gradients[global_name(name, stage.layers)] = parameter.main_grad.detach().float().cpu().clone()
+                seen.gradients[global_name(name, stage.layers)] = (
+                    parameter.main_grad.detach().float().cpu().clone()
+                )
     return seen
 
 
@@ -121,7 +123,9 @@ def _record_vision(model: torch.nn.Module, seen: Seen) -> None:
     def keep(name: str):
         def hook(module, args, output):
             out = output[0] if isinstance(output, tuple) else output
-            seen.views[state["micro_batch"], state["kind"], name] = out.detach().float().cpu().transpose(0, 1).clone()
+            seen.views[state["micro_batch"], state["kind"], name] = (
+                out.detach().float().cpu().transpose(0, 1).clone()
+            )
 
         return hook
 

@@ -46,12 +46,19 @@ def read_reference(path: str | Path) -> Reference:
     samples = 0
     while f"inputs.sample{samples}.input_ids" in tensors:
         samples += 1
-    wanted = ["inputs.global_pixels_times_32", "inputs.crop_pixels_times_32", "inputs.num_crops"]
-    wanted += ["inputs.images_per_sample", "outputs.loss"]
-    wanted += [f"inputs.sample{i}.{name}" for i in range(max(samples, 1)) for name in ("input_ids", "targets")]
+    wanted = ["inputs.images_per_sample", "outputs.loss"]
+    if "inputs.images_per_sample" in tensors and tensors["inputs.images_per_sample"].sum() > 0:
+        wanted += ["inputs.num_crops", "inputs.global_pixels_times_32"]
+        if "inputs.num_crops" in tensors and tensors["inputs.num_crops"].sum() > 0:
+            wanted.append("inputs.crop_pixels_times_32")
+    wanted += [
+        f"inputs.sample{i}.{name}" for i in range(max(samples, 1)) for name in ("input_ids", "targets")
+    ]
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise CheckpointError(f"{path}: not a reference file (golden/README.md), missing {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path}: not a reference file (golden/README.md), missing {', '.join(missing)}"
+        )
     return Reference(tensors, samples)
 
 
@@ -66,12 +73,23 @@ class Document:
     pixels: list[torch.Tensor]
 
 
-def documents(reference: Reference) -> list[Document]:
-    """The samples of the file, images shared out by ``images_per_sample``."""
+def documents(reference: Reference, model: ModelConfig) -> list[Document]:
+    """The samples of the file, images shared out by ``images_per_sample``.
+
+    Raises:
+        CheckpointError: pixels that are not as many, or not as large, as the counts and the model say.
+    """
     t = reference.tensors
-    crops_of, images_of = t["inputs.num_crops"].tolist(), t["inputs.images_per_sample"].tolist()
-    crops = t["inputs.crop_pixels_times_32"].float() / PIXEL_SCALE
-    whole = t["inputs.global_pixels_times_32"].float() / PIXEL_SCALE
+    nothing = torch.zeros(0, dtype=torch.int64)
+    crops_of, images_of = t.get("inputs.num_crops", nothing).tolist(), t["inputs.images_per_sample"].tolist()
+    vision = model.vision
+    crops = _pixels(t, "crop", int(sum(crops_of)), vision.crop_size)
+    whole = _pixels(t, "global", int(sum(images_of)), vision.image_size)
+    if len(images_of) != reference.samples or len(crops_of) != len(whole):
+        raise CheckpointError(
+            f"inputs.images_per_sample has {len(images_of)} entries for {reference.samples} samples and "
+            f"inputs.num_crops {len(crops_of)} for {len(whole)} images; write the reference file again"
+        )
     found, image, crop = [], 0, 0
     for i in range(reference.samples):
         kinds, pixels = [], []
@@ -83,6 +101,19 @@ def documents(reference: Reference) -> list[Document]:
         ids, targets = (t[f"inputs.sample{i}.{n}"].numpy().astype(np.int64) for n in ("input_ids", "targets"))
         found.append(Document(i, ids, targets, kinds, pixels))
     return found
+
+
+def _pixels(tensors: dict[str, torch.Tensor], kind: str, count: int, side: int) -> torch.Tensor:
+    """float32 ``[count, 3, side, side]``."""
+    if count == 0:
+        return torch.zeros(0, 3, side, side)
+    name, wanted = f"inputs.{kind}_pixels_times_32", (count, 3, side, side)
+    if tuple(tensors[name].shape) != wanted:
+        raise CheckpointError(
+            f"{name} is {list(tensors[name].shape)}, but its counts and config.json say {list(wanted)}; use the "
+            "reference of this checkpoint"
+        )
+    return tensors[name].float() / PIXEL_SCALE
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,6 @@ def check_layout(
         ),
         *_pipeline(parallel, train, world_size),
         *_row_length(parallel, data),
-        *_overlap(parallel),
     ]
 
 
@@ -221,20 +220,6 @@ def _row_length(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]
             f"must be a multiple of {' x '.join(reasons)} = {multiple}",
             f"choose {below}{above}",
         )
-
-
-def _overlap(parallel: ParallelConfig) -> Iterator[Problem]:
-    """Megatron-Core's own conditions for gathering weights behind the forward pass."""
-    if not parallel.overlap_param_gather:
-        return
-    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
-        if not getattr(parallel, name):
-            yield Problem(
-                "parallel.overlap_param_gather",
-                True,
-                f"needs parallel.{name}",
-                f"set parallel.{name} true or parallel.overlap_param_gather false",
-            )
 
 
 def _device(config: RunConfig) -> Iterator[Problem]:

@@ -55,10 +55,7 @@ def build(
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
     bare = [
-        Step3VL(
-            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None,
-            parallel.overlap_grad_reduce,
-        )
+        Step3VL(model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None)
         for i, stage in enumerate(mine)
     ]
     for chunk in bare:
@@ -72,13 +69,17 @@ def build(
     return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer)
 
 
-def _wrap(chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP."""
+def _wrap(
+    chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool
+) -> DistributedDataParallel:
+    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP.
+
+    Reduction is not overlapped with the backward pass: a bucket is sent when each of its weights has reported a
+    gradient, and on a rank without images the tower's never do (design/megatron_core.md fact 11).
+    """
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
         average_in_collective=False,
     )
     return DistributedDataParallel(decoder, options, chunk, disable_bucketing=not first)

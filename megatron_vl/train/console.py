@@ -31,16 +31,18 @@ def step_line(m: StepMetrics, total_steps: int, on_cpu: bool) -> str:
     )
 
 
-def startup_report(loaded: LoadedRun, runtime: Runtime, backend: str, dtype: torch.dtype, peak: float) -> list[str]:
+def startup_report(
+    loaded: LoadedRun, runtime: Runtime, backend: str, dtype: torch.dtype, peak: float
+) -> list[str]:
     """Parameters by part, cost, layout, backends in use; printed by rank 0 before the first step."""
     config = loaded.config
     unit = "measured GEMM rate, all ranks at once" if runtime.device.type == "cpu" else "dense peak"
     lines = [*parameter_lines(config.model), "", *flop_lines(config), ""]
     lines += [*layout_lines(config, runtime.layout), "", *stage_lines(config, runtime.layout), ""]
+    attention = ", attention scaled_dot_product_attention" if backend == "torch" else ""
+    weights = str(dtype).removeprefix("torch.")
     lines += [
-        f"Device {runtime.device.type}, {str(dtype).removeprefix('torch.')} weights, layer backend {backend}, "
-        f"attention scaled_dot_product_attention" if backend == "torch" else
-        f"Device {runtime.device.type}, {str(dtype).removeprefix('torch.')} weights, layer backend {backend}",
+        f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}",
         f"MFU is a share of {peak / 1e12:.4g} TFLOP/s per rank ({unit}); the tower is counted",
     ]
     return lines

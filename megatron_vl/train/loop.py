@@ -100,5 +100,7 @@ def evaluate(run: Run, step: int) -> float:
 def save_now(run: Run, progress: Progress) -> None:
     """Save and say where."""
     begin = time.perf_counter()
-    where = save(run.folder / "checkpoints", progress, run.parts.runtime, run.parts.chunks, run.parts.optimizer)
+    where = save(
+        run.folder / "checkpoints", progress, run.parts.runtime, run.parts.chunks, run.parts.optimizer
+    )
     run.say(f"saved {where} in {time.perf_counter() - begin:.1f} s")

@@ -64,7 +64,11 @@ class Meter:
     ) -> StepMetrics:  # fmt: skip
         """Metrics of step number ``step`` (from 1). Every rank calls it."""
         tower, decoder = step_flops(self.config, batches)
-        counts = [sum(b.num_tokens for b in batches), sum(b.num_images for b in batches), sum(b.num_crops for b in batches)]
+        counts = [
+            sum(b.num_tokens for b in batches),
+            sum(b.num_images for b in batches),
+            sum(b.num_crops for b in batches),
+        ]
         sums = torch.tensor([tower, decoder, *counts], dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(sums, group=self.runtime.groups.dp)
         views = counts[1] + counts[2]
@@ -141,7 +145,9 @@ class MetricsFile:
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             # a last line without its end was cut off by a kill
-            kept = [line[:-1] for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
+            kept = [
+                line[:-1] for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step
+            ]
             path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, record: StepMetrics | dict) -> None:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.initialize import FreshWeights
@@ -28,7 +29,6 @@ from megatron_vl.train.console import startup_report
 from megatron_vl.train.feed import Feed, place_of
 from megatron_vl.train.loop import Run
 from megatron_vl.train.metrics import Meter, MetricsFile
-
 
 # Fields that only say how fresh weights are drawn or how long rows are meant to be.
 NOT_COMPUTED = {"layer_scale_init", "init_method_std", "max_position_embeddings"}
@@ -57,7 +57,9 @@ def check_same_model(directory: str, model: ModelConfig) -> None:
             ours, other = getattr(here, field.name), getattr(there, field.name)
             if ours != other and field.name not in NOT_COMPUTED:
                 rule = f"{directory}/config.json says {other}"
-                problems.append(Problem(f"model.{part}.{field.name}", ours, rule, f"set model_from: {directory}"))
+                problems.append(
+                    Problem(f"model.{part}.{field.name}", ours, rule, f"set model_from: {directory}")
+                )
     raise_if_any(problems)
 
 
@@ -75,14 +77,20 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     parts = build(config, runtime, weight_source(config))
     phase.name = "opening the data"
     batch = (config.train.micro_batch_size, config.train.global_batch_size)
-    place, timeout = place_of(runtime), config.parallel.timeout_seconds
+    # below the collectives' limit: the rank whose storage stalls speaks first, not the peers that wait for it
+    place, timeout = place_of(runtime), 0.8 * config.parallel.timeout_seconds
     steps = total_steps(config)
     loader = train_loader(config.data, config.model, place, *batch, num_steps=steps, timeout_seconds=timeout)
     log = BadSampleLog(str(folder / "bad_samples.jsonl"), write=first)
     eval_feed = None
     if config.train.eval_interval:
         evaluation = eval_loader(
-            config.data, config.model, place, *batch, num_samples=config.train.eval_samples, timeout_seconds=timeout
+            config.data,
+            config.model,
+            place,
+            *batch,
+            num_samples=config.train.eval_samples,
+            timeout_seconds=timeout,
         )
         eval_feed = Feed(evaluation, runtime, BadSampleLog(str(folder / "bad_samples.jsonl"), write=first))
     meter = Meter(config, runtime, steps)
@@ -94,8 +102,28 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
 
 def sample_order(config: RunConfig, loader: Loader) -> str:
     """What decides which samples step k trains on; it must not change when a run is resumed."""
-    files = [f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)" for f in loader.micro_batches.source.describe()]
+    files = [
+        f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)"
+        for f in loader.micro_batches.source.describe()
+    ]
     return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"
+
+
+def _agreed_newest(run: Run) -> Path | None:
+    """The checkpoint that rank 0 finds, the same on every rank.
+
+    Raises:
+        CheckpointError: this rank does not see it.
+    """
+    folder = run.folder / "checkpoints"
+    found: list[Path | None] = [newest(folder) if run.parts.runtime.rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None and not (found[0] / "meta.json").is_file():
+        name = run.parts.runtime.name
+        raise CheckpointError(
+            f"{name} cannot see {found[0]}: run_dir must be on a file system that all nodes share"
+        )
+    return found[0]
 
 
 def write_resolved(folder: Path, loaded: LoadedRun, parts: Parts) -> None:
@@ -123,7 +151,7 @@ def resume(run: Run) -> Progress:
     run.phase.name = "resuming"
     parts, loader = run.parts, run.feed.loader
     data = sample_order(parts.config, loader)
-    checkpoint = newest(run.folder / "checkpoints")
+    checkpoint = _agreed_newest(run)
     progress = Progress(0, 0, data)
     if checkpoint is not None:
         progress = restore(checkpoint, parts.runtime, parts.chunks, parts.optimizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +15,12 @@ from megatron_vl.plan.layout import Layout
 def main(argv: Sequence[str]) -> int:
     """Check the run before anything is launched, then launch the ranks or be one of them."""
     arguments = parse(argv)
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) if launched() else arguments.nproc
+    if launched():
+        from megatron_vl.parallel.runtime import read_environment
+
+        world_size = read_environment().world_size
+    else:
+        world_size = arguments.nproc
     loaded = load_checked_run(arguments.config, arguments.overrides, None, world_size, to_train=True)
     if arguments.nproc > 1 and not launched():
         layout = Layout.from_config(loaded.config.parallel, world_size)
@@ -29,7 +33,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of ``pretrain``."""
     parser = argparse.ArgumentParser(prog="python -m megatron_vl pretrain", description="Pre-train a model.")
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="start this many local ranks (default 1)")
     return parser.parse_intermixed_args(list(argv))
 

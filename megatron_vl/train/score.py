@@ -11,13 +11,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.batch import MicroBatch
-from megatron_vl.parallel.context_parallel import local_index
+from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
 from megatron_vl.train.feed import Feed
-from megatron_vl.train.step import stage_inputs
+from megatron_vl.train.step import run_schedule, stage_inputs
 
 
 def score(parts: Parts, feed: Feed) -> dict[str, bool]:
@@ -40,17 +39,8 @@ def score(parts: Parts, feed: Feed) -> dict[str, bool]:
 def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
     """One step's samples; empty on all but the last stage's first rank of each replica."""
     groups = parts.runtime.groups
-    chunks = parts.chunks
     with _Predictions(parts) as predictions:
-        wrong = get_forward_backward_func()(
-            forward_step_func=partial(_forward, parts, predictions),
-            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].input_ids.shape[1],
-            micro_batch_size=batches[0].input_ids.shape[0],
-            forward_only=True,
-        )
+        wrong = run_schedule(parts, partial(_forward, parts, predictions), batches, forward_only=True)
     if not parts.runtime.is_last_stage:
         return {}
     counts = torch.stack(wrong)
@@ -64,12 +54,10 @@ def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
     return found
 
 
-def _forward(parts: Parts, predictions: "_Predictions", batches, model: torch.nn.Module):
+def _forward(parts: Parts, predictions: _Predictions, batches, model: torch.nn.Module):
     inputs = stage_inputs(next(batches), parts.runtime.device)
     assert inputs.bounds is None, "scoring takes dense rows: one sample each"
-    cp, labels = parts.runtime.groups.cp, inputs.labels
-    if cp.size() > 1:
-        labels = labels[:, local_index((0, labels.shape[1]), cp.size(), cp.rank()).to(labels.device)]
+    labels = take_local(inputs.labels, None, parts.runtime.groups.cp)
 
     def misses(losses: torch.Tensor):
         wrong = (predictions.newest() != labels) & (labels != -100)
@@ -90,7 +78,7 @@ class _Predictions:
         """int64 ``[b, S / cp]`` of the micro-batch that just left the head."""
         return self._value
 
-    def __enter__(self) -> "_Predictions":
+    def __enter__(self) -> _Predictions:
         head = self.parts.chunks[-1].module.language_model
         if self.parts.stages[-1].has_head:
             self._hook = head.output_layer.register_forward_hook(self._take)

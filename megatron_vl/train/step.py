@@ -6,7 +6,7 @@ Everything that trains (pre-training, SFT, parity checks, benchmarks) runs this 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.optim.build import set_learning_rate
-from megatron_vl.parallel.context_parallel import local_index
+from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
+
+SUM_AT_ONCE = 64 << 20  # elements of one all-reduce: bounds the copy that it works on to 256 MiB
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def stage_inputs(batch: MicroBatch, device: torch.device) -> StageInputs:
     )
 
 
-def token_losses(losses: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def token_losses(
+    losses: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss contract of Megatron-Core's schedules: (sum, token count, report), never a mean.
 
     losses: fp32 ``[b, S / cp]``; labels: the same positions, -100 = not scored. The one division, by the count
@@ -61,15 +65,13 @@ def token_losses(losses: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
 def forward_step(parts: Parts, batches: Iterator[MicroBatch], model: torch.nn.Module):
     """Megatron-Core's forward step: one micro-batch through one chunk, and what to do with its output."""
     inputs = stage_inputs(next(batches), parts.runtime.device)
-    groups = parts.runtime.groups
-    labels = inputs.labels
-    if groups.cp.size() > 1:
-        bounds = tuple(inputs.bounds or (0, labels.shape[1]))
-        labels = labels[:, local_index(bounds, groups.cp.size(), groups.cp.rank()).to(labels.device)]
+    labels = take_local(inputs.labels, inputs.bounds, parts.runtime.groups.cp)
     return model(inputs), partial(token_losses, labels=labels)
 
 
-def finish_gradients(parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, **_: object):
+def finish_gradients(
+    parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, **_: object
+):
     """Megatron-Core's reductions, then the sum that it does not know of.
 
     In placement ``data`` each TP rank has encoded its own views with its own copy of the tower, so the copies'
@@ -82,24 +84,46 @@ def finish_gradients(parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens
         return
     for chunk in chunks:
         gradients = [p.main_grad for p in chunk.module.vision_parameters() if p.requires_grad]
-        if gradients:
-            flat = torch._utils._flatten_dense_tensors(gradients)
+        for piece in pieces(gradients, SUM_AT_ONCE):
+            flat = torch._utils._flatten_dense_tensors(piece)
             dist.all_reduce(flat, group=tp)
-            for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients)):
+            for gradient, summed in zip(piece, torch._utils._unflatten_dense_tensors(flat, piece)):
                 gradient.copy_(summed)
 
 
-def forward_backward(parts: Parts, batches: Sequence[MicroBatch], forward_only: bool = False) -> tuple[float, int]:
+def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.Tensor]]:
+    """The tensors in order, in groups of at most ``limit`` elements (one larger tensor is a group of its own)."""
+    group: list[torch.Tensor] = []
+    for tensor in tensors:
+        if group and sum(t.numel() for t in group) + tensor.numel() > limit:
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
+
+
+def forward_backward(
+    parts: Parts, batches: Sequence[MicroBatch], forward_only: bool = False
+) -> tuple[float, int]:
     """Run all micro-batches of this data-parallel rank; gradients are summed, finished and divided.
 
     Returns (loss, tokens) of the global batch, equal on every rank: mean loss over all scored tokens.
     """
-    micro_batch, seq_length = batches[0].input_ids.shape
-    assert all(b.input_ids.shape == batches[0].input_ids.shape for b in batches), "one row length, or stages hang"
     parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
+    reports = run_schedule(parts, partial(forward_step, parts), batches, forward_only)
+    return global_loss(parts, reports)
+
+
+def run_schedule(parts: Parts, step: Callable, batches: Sequence[MicroBatch], forward_only: bool) -> list:
+    """Megatron-Core's schedule of this layout over the micro-batches; what the loss functions report, in order."""
+    micro_batch, seq_length = batches[0].input_ids.shape
+    assert all(b.input_ids.shape == batches[0].input_ids.shape for b in batches), (
+        "one row length, or stages hang"
+    )
     chunks = parts.chunks
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, parts),
+    return get_forward_backward_func()(
+        forward_step_func=step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
@@ -107,7 +131,6 @@ def forward_backward(parts: Parts, batches: Sequence[MicroBatch], forward_only: 
         micro_batch_size=micro_batch,
         forward_only=forward_only,
     )
-    return global_loss(parts, reports)
 
 
 def global_loss(parts: Parts, reports: Sequence[torch.Tensor]) -> tuple[float, int]:

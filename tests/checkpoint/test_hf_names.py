@@ -4,11 +4,19 @@ import math
 
 import pytest
 import torch
+
+from megatron_vl.checkpoint.hf_names import (
+    all_rules,
+    expected_tensors,
+    global_name,
+    shard,
+    to_hf,
+    to_ours,
+    unshard,
+)
+from megatron_vl.config.presets import STEP3_VL_10B
 from tests.fixtures.checkpoints import released_shapes
 from tests.fixtures.small import SMALL, RandomWeights
-
-from megatron_vl.checkpoint.hf_names import all_rules, expected_tensors, global_name, shard, to_hf, to_ours, unshard
-from megatron_vl.config.presets import STEP3_VL_10B
 
 RELEASED = {
     "model_type": "step_robotics",
@@ -84,10 +92,17 @@ def test_heads_stay_whole_on_a_rank():
     text = SMALL.text
     d, h = text.kv_channels, text.hidden_size
     rows = {"q": text.num_attention_heads * d, "k": text.num_query_groups * d, "v": text.num_query_groups * d}
-    q, k, v = (torch.arange(n, dtype=torch.float32)[:, None].expand(n, h) + 1000 * i for i, n in enumerate(rows.values()))
+    q, k, v = (
+        torch.arange(n, dtype=torch.float32)[:, None].expand(n, h) + 1000 * i
+        for i, n in enumerate(rows.values())
+    )
     rule = rule_named("language_model.decoder.layers.0.self_attention.linear_qkv.weight")
     second = shard(rule, to_ours(rule, [q, k, v], SMALL), 2, 1)[:, 0]
-    assert second.tolist() == [*range(2 * d, 4 * d), *range(1000 + d, 1000 + 2 * d), *range(2000 + d, 2000 + 2 * d)]
+    assert second.tolist() == [
+        *range(2 * d, 4 * d),
+        *range(1000 + d, 1000 + 2 * d),
+        *range(2000 + d, 2000 + 2 * d),
+    ]
     rule = rule_named("language_model.decoder.layers.0.mlp.linear_fc1.weight")
     gate, up = torch.zeros(text.ffn_hidden_size, h), torch.ones(text.ffn_hidden_size, h)
     first = shard(rule, to_ours(rule, [gate, up], SMALL), 2, 0)

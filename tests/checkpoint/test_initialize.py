@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tests.checkpoint.on_ranks import fresh_loss
-from tests.fixtures.small import SMALL, make_documents
-from tests.model.on_ranks import run_of
 
 from megatron_vl.checkpoint.hf_names import expected_tensors
 from megatron_vl.checkpoint.initialize import FreshWeights
+from tests.checkpoint.on_ranks import fresh_loss
+from tests.fixtures.small import SMALL, make_documents
+from tests.model.on_ranks import run_of
 
 
 def test_values():

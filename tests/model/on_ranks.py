@@ -72,7 +72,9 @@ def run_of(
     return config, arrange(docs, place, packed), place
 
 
-def gradients(world: Any, model: ModelConfig, layout: str, placement: str, docs: Sequence[Document], **options: Any):
+def gradients(
+    world: Any, model: ModelConfig, layout: str, placement: str, docs: Sequence[Document], **options: Any
+):
     """(loss, gradients under released names) of one step in a layout; options as in `run_of`."""
     config, batches, place = run_of(model, layout, placement, docs, **options)
     seen = world.run(place.world_size, gradients_on_rank, config, batches)
@@ -116,5 +118,8 @@ def tower_on_rank(model: ModelConfig) -> dict[str, Any]:
         "last token": (logits[0][-1] - logits[1][-1]).abs().max().item(),
         "vision names": [name for name, _ in net.vision_model.named_parameters()],
         "all names": [name for name, _ in net.named_parameters()],
-        "tables": (net.vision_model.position_table(4).detach(), net.vision_model.positional_embedding.detach()),
+        "tables": (
+            net.vision_model.position_table(4).detach(),
+            net.vision_model.positional_embedding.detach(),
+        ),
     }

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.parallel.on_ranks import attention_errors
 
 from megatron_vl.model.attention import packed_params, segments
+from tests.parallel.on_ranks import attention_errors
 
 DENSE, DOCUMENTS = (0, 32), (0, 16, 24, 40)
 
@@ -42,13 +42,20 @@ def test_calls_of_one_rank():
 
 def test_zigzag_gives_every_rank_the_same_work():
     for cp in (2, 4):
-        work = [sum((b - a) * (d - c) for a, b, c, d, _ in segments((0, 64, 96), cp, r, True)) for r in range(cp)]
+        work = [
+            sum((b - a) * (d - c) for a, b, c, d, _ in segments((0, 64, 96), cp, r, True)) for r in range(cp)
+        ]
         assert len(set(work)) == 1
 
 
 def test_packed_params_hold_padded_and_true_lengths():
     params = packed_params([0, 8, 12, 16], [5, 4, 0], torch.device("cpu"))
     assert params.qkv_format == "thd" and params.bounds == (0, 8, 12, 16)
-    assert params.cu_seqlens_q.tolist() == [0, 5, 9, 9] and params.cu_seqlens_q_padded.tolist() == [0, 8, 12, 16]
+    assert params.cu_seqlens_q.tolist() == [0, 5, 9, 9] and params.cu_seqlens_q_padded.tolist() == [
+        0,
+        8,
+        12,
+        16,
+    ]
     assert params.max_seqlen_q == params.max_seqlen_kv == 8  # the longest document, never the row
     assert packed_params(None, [4], torch.device("cpu")) is None

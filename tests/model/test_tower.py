@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from tests.fixtures.independent import interpolation
-from tests.fixtures.small import SMALL
-from tests.model.on_ranks import tower_on_rank
 
 from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.model.backend import choose_backend
 from megatron_vl.model.fusion import feature_slots, put_features
 from megatron_vl.model.vision_encoder import gather_3x3, patchify, rotary_angles
 from megatron_vl.ops.activation import quick_gelu
+from tests.fixtures.independent import interpolation
+from tests.fixtures.small import SMALL
+from tests.model.on_ranks import tower_on_rank
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_position_table_is_bilinear_with_half_pixel_centres(seen):
 
 
 def test_rotary_angles_of_the_released_tower():
-    """spec/model.md 2.1: 24 frequencies per axis, first 1.0, last 1.468e-4; columns first; whole positions."""
+    """spec/model.md 2.1: 24 frequencies per axis, first 1.0, last 1.468e-4; columns first; whole steps."""
     angles = rotary_angles(36, 96, 10000.0, torch.device("cpu"))
     assert angles.shape == (36 * 36, 1, 1, 96) and angles.dtype == torch.float32
     patch = angles[36 * 5 + 7, 0, 0]  # row 5, column 7
@@ -61,7 +61,10 @@ def test_gathered_patches_times_a_matrix_is_the_convolution(grid):
 
 
 def test_patches_times_a_matrix_is_the_patch_convolution():
-    pixels, weight = torch.randn(2, 3, 28, 42, dtype=torch.float64), torch.randn(8, 3, 14, 14, dtype=torch.float64)
+    pixels, weight = (
+        torch.randn(2, 3, 28, 42, dtype=torch.float64),
+        torch.randn(8, 3, 14, 14, dtype=torch.float64),
+    )
     ours = patchify(pixels, 14) @ weight.reshape(8, -1).T
     theirs = torch.nn.functional.conv2d(pixels, weight, stride=14).flatten(2).permute(2, 0, 1)
     torch.testing.assert_close(ours, theirs)

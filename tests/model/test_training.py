@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from tests.fixtures.small import SMALL, make_documents
-from tests.model.on_ranks import gradients, steps
 
 from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.parity.compare import relative
+from tests.fixtures.small import SMALL, make_documents
+from tests.model.on_ranks import gradients, steps
 
 # Dense rows: two micro-batches, the second without images. One view: with two vision ranks, one has none.
 ONE_VIEW = make_documents(SMALL, [([(0, 0)], 8), ([], 9)])
@@ -100,13 +100,14 @@ def test_text_only_batches_train_with_zero_vision_gradients(world, plain, layout
     found = gradients(world, SMALL, layout, placement, TEXT)
     assert_equal(found, plain["text"])
     sizes = {name: grad.norm().item() for name, grad in found[1].items()}
-    assert {name for name, size in sizes.items() if size == 0} == {n for n in sizes if part_of(n) != "decoder"}
+    assert {name for name, size in sizes.items() if size == 0} == {
+        n for n in sizes if part_of(n) != "decoder"
+    }
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_images_may_be_on_either_data_parallel_rank(world, plain, overlap):
+def test_images_may_be_on_either_data_parallel_rank(world, plain):
     for docs in (ONE_VIEW, ONE_VIEW[::-1]):
-        found = gradients(world, SMALL, "dp2", "data", docs, overlap_grad_reduce=overlap)
+        found = gradients(world, SMALL, "dp2", "data", docs)
         assert_equal(found, plain["one view"])
 
 
@@ -124,6 +125,11 @@ def test_uneven_stages(world, plain):
 def test_gradient_norm_is_equal_in_every_layout(world):
     """Shards count once each, copies once in all: the clipped step depends on it."""
     expected = steps(world, SMALL, "1", "data", VIEWS, 2)
-    for layout, placement in (("tp2sp", "data"), ("tp2sp", "tensor"), ("tp2pp2cp2sp", "data"), ("dp2", "data")):
+    for layout, placement in (
+        ("tp2sp", "data"),
+        ("tp2sp", "tensor"),
+        ("tp2pp2cp2sp", "data"),
+        ("dp2", "data"),
+    ):
         for found, wanted in zip(steps(world, SMALL, layout, placement, VIEWS, 2), expected):
             assert found == pytest.approx(wanted, rel=1e-4)

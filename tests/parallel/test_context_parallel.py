@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.parallel.on_ranks import feature_exchange, sequence_exchange
 
 from megatron_vl.parallel.context_parallel import global_order, local_index
+from tests.parallel.on_ranks import feature_exchange, sequence_exchange
 
 
 @pytest.mark.parametrize("size", [2, 4])

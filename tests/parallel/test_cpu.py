@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from tests.parallel.on_ranks import cpu_redirects
 
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel import cpu
 from megatron_vl.parallel.runtime import choose_device, parameter_dtype
+from tests.parallel.on_ranks import cpu_redirects
 
 
 def test_it_refuses_beside_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     before = torch.empty
-    with pytest.raises(ConfigError, match=r"parallel.device = cpu: 4 CUDA device\(s\) are visible.*CUDA_VISIBLE"):
+    with pytest.raises(
+        ConfigError, match=r"parallel.device = cpu: 4 CUDA device\(s\) are visible.*CUDA_VISIBLE"
+    ):
         cpu.install()
     with pytest.raises(ConfigError, match="would stay idle"):
         choose_device("cpu")

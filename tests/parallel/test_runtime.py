@@ -7,7 +7,8 @@ from megatron_vl.parallel.runtime import Environment, Phase, Runtime, read_envir
 from megatron_vl.plan.layout import Layout
 
 VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID",
+    "SLURM_LOCALID",
 )  # fmt: skip
 
 
@@ -34,7 +35,9 @@ def test_torchrun(environment):
 
 
 def test_slurm(environment):
-    given = environment(SLURM_NTASKS=16, SLURM_PROCID=9, SLURM_LOCALID=1, MASTER_ADDR="host", MASTER_PORT=1234)
+    given = environment(
+        SLURM_NTASKS=16, SLURM_PROCID=9, SLURM_LOCALID=1, MASTER_ADDR="host", MASTER_PORT=1234
+    )
     assert given == Environment(9, 16, 1)
 
 
@@ -64,7 +67,10 @@ def test_an_error_names_the_rank_by_coordinates_and_the_phase(capsys):
     assert runtime.name == "rank 5 (dp0 pp1 cp0 tp1)" and runtime.is_last_stage and not runtime.is_first_stage
     with pytest.raises(ZeroDivisionError), reported(runtime, Phase("training", 17)):
         1 / 0  # noqa: B018
-    assert "rank 5 (dp0 pp1 cp0 tp1) failed while training at step 17: division by zero" in capsys.readouterr().err
+    assert (
+        "rank 5 (dp0 pp1 cp0 tp1) failed while training at step 17: division by zero"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_error_of_the_user_is_left_to_the_entry(capsys):

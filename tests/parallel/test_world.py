@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from tests.parallel.on_ranks import die_on_one, fail_on_one, hang_on_one, say
 
 from megatron_vl.parallel.world import LocalWorld, RankFailed
+from tests.parallel.on_ranks import die_on_one, fail_on_one, hang_on_one, say
 
 
 def test_jobs_one_after_the_other(world):

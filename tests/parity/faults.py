@@ -1,4 +1,4 @@
-"""Faults that tests plant on the ranks. The ranks outlive a test, so every fault is undone when its job ends."""
+"""Faults that tests plant on the ranks. The ranks outlive a test, so a fault is undone when its job ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def no_tensor_parallel_sum() -> AbstractContextManager:
 def no_row_parallel_reduce() -> AbstractContextManager:
     """The partial sums of row-parallel products are not added up."""
     return patch(
-        "megatron.core.tensor_parallel.layers.reduce_from_tensor_model_parallel_region", lambda x, group=None: x
+        "megatron.core.tensor_parallel.layers.reduce_from_tensor_model_parallel_region",
+        lambda x, group=None: x,
     )
 
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.fixtures.paths import TINY_A
-from tests.parity.checking import check, setting_of
-from tests.parity.faults import FaultyWorld
 
 from megatron_vl.parity.compare import relative
 from megatron_vl.parity.reference import read_reference
+from tests.fixtures.paths import TINY_A
+from tests.parity.checking import check, setting_of
+from tests.parity.faults import FaultyWorld
 
 
 @pytest.fixture(scope="module")

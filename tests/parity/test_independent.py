@@ -4,10 +4,10 @@ import json
 
 import torch
 from safetensors import safe_open
-from tests.fixtures.independent import IndependentModel, Sample
-from tests.fixtures.paths import TINY_A
 
 from megatron_vl.parity.compare import relative
+from tests.fixtures.independent import IndependentModel, Sample
+from tests.fixtures.paths import TINY_A
 
 
 def test_independent_model_equals_the_golden_file():
@@ -16,12 +16,16 @@ def test_independent_model_equals_the_golden_file():
     weights = {}
     for name in sorted(set(index.values())):
         with safe_open(TINY_A / name, "pt") as file:
-            weights |= {key: file.get_tensor(key) for key in file.keys()}
+            weights |= {key: file.get_tensor(key) for key in list(file.keys())}
     with safe_open(TINY_A / "reference.safetensors", "pt") as file:
-        golden = {key: file.get_tensor(key) for key in file.keys()}
+        golden = {key: file.get_tensor(key) for key in list(file.keys())}
     grids = [tuple(pair) for pair in golden["inputs.crop_grids"].tolist()]
     samples = [
-        Sample(golden[f"inputs.sample{i}.input_ids"], golden[f"inputs.sample{i}.targets"], grids if i == 0 else [])
+        Sample(
+            golden[f"inputs.sample{i}.input_ids"],
+            golden[f"inputs.sample{i}.targets"],
+            grids if i == 0 else [],
+        )
         for i in range(2)
     ]
     pixels = [golden[f"inputs.{kind}_pixels_times_32"] / 32 for kind in ("global", "crop")]

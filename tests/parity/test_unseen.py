@@ -1,11 +1,11 @@
 """Models that nobody tuned the code on, against the independent float64 model, in layouts of every kind."""
 
 import pytest
-from tests.fixtures import unseen
-from tests.parity.checking import check, setting_of
 
 from megatron_vl.parity.check import make_cases, refusal
 from megatron_vl.parity.layouts import ALL
+from tests.fixtures import unseen
+from tests.parity.checking import check, setting_of
 
 MODELS = (unseen.six_heads, unseen.three_layers, unseen.no_token_table)
 # What truly does not divide; every other combination must run.
@@ -14,9 +14,9 @@ REFUSED = {
         "tp4sp": "parallel.tensor_model_parallel_size = 4: must divide model.text.num_attention_heads = 6",
     },
     "three_layers": {},
-    "no_token_table": {
-        name: "model.text.num_layers = 1: too few layers for the 4 stages" for name in ("pp4", "pp2vpp2")
-    },
+    "no_token_table": dict.fromkeys(
+        ("pp4", "pp2vpp2"), "model.text.num_layers = 1: too few layers for the 4 stages"
+    ),
 }
 CASES = {
     "six_heads": (
@@ -36,7 +36,8 @@ def settings(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("model", "layout", "placement", "form"), [(model, *case) for model, cases in CASES.items() for case in cases]
+    ("model", "layout", "placement", "form"),
+    [(model, *case) for model, cases in CASES.items() for case in cases],
 )
 def test_unseen_model(world, settings, model, layout, placement, form):
     row = check(world, settings[model], layout, placement, form)

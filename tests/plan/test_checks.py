@@ -125,16 +125,6 @@ BAD = [
         ],
     ),
     (
-        "parallel.overlap_param_gather=true parallel.use_distributed_optimizer=false",
-        0,
-        [
-            "parallel.overlap_param_gather = true: needs parallel.use_distributed_optimizer; "
-            "set parallel.use_distributed_optimizer true or parallel.overlap_param_gather false",
-            "parallel.overlap_param_gather = true: needs parallel.overlap_grad_reduce; "
-            "set parallel.overlap_grad_reduce true or parallel.overlap_param_gather false",
-        ],
-    ),
-    (
         "parallel.device=cpu parallel.layer_backend=transformer_engine",
         0,
         [

@@ -1,4 +1,4 @@
-"""What the ranks of the shared world do for the tests of train/: the parts of `pretrain`, without subprocesses."""
+"""What the ranks of the shared world do for the tests of train/: `pretrain` without subprocesses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_vl.train.step import StepResult, forward_backward, stage_inputs, t
 
 @dataclass
 class Trained:
-    """What one rank saw. samples: sample ids per step, this data-parallel rank's. printed: rank 0's console."""
+    """What one rank saw. samples: its data-parallel rank's ids per step. printed: rank 0's console."""
 
     progress: Progress
     samples: list[list[str]] = field(default_factory=list)
@@ -59,9 +59,10 @@ def pretrain(loaded: LoadedRun) -> Trained:
 
 
 def refused(loaded: LoadedRun, act: str = "resume") -> str:
-    """The error of an act (resume, train, save, "full disk on RANK"), on this rank: `Class: message`; "" for none.
+    """The error of an act on this rank, `Class: message`; "" for none.
 
-    Only for errors that all ranks raise, or that come before the next collective.
+    act: resume, train, save, or "full disk on RANK". Only for errors that all ranks raise, or that come
+    before the next collective.
     """
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
         try:
@@ -93,7 +94,7 @@ def _save_with_full_disk(run: loop.Run, rank: int) -> None:
 
 
 def greedy(loaded: LoadedRun) -> dict[str, list[int]]:
-    """The most probable token at each scored position of data.eval, by sample id, from whole logits on one rank.
+    """The most probable token at each scored position of data.eval, by sample id. One rank, whole logits.
 
     Nothing of `train/score.py` takes part.
     """
@@ -146,7 +147,9 @@ def first_step(loaded: LoadedRun, mask: tuple[str, ...] = ()) -> FirstStep:
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
         batches = run.feed.next_step()
         failed = [view.record.id for batch in batches for view in batch.failed]
-        batches = [mask_documents(b, [n for n, name in enumerate(b.sample_ids) if name in mask]) for b in batches]
+        batches = [
+            mask_documents(b, [n for n, name in enumerate(b.sample_ids) if name in mask]) for b in batches
+        ]
         masked = [
             name
             for batch in batches
@@ -158,8 +161,10 @@ def first_step(loaded: LoadedRun, mask: tuple[str, ...] = ()) -> FirstStep:
 
 
 def gradients_of_parts(loaded: LoadedRun, keep: str) -> dict[str, float]:
-    """Largest gradient of tower, projector and decoder when, of all rows with images, only ``keep`` is left to the
-    loss by the test: what reaches the tower comes through it. One rank."""
+    """Largest gradient of tower, projector and decoder. One rank.
+
+    Of all rows with images only ``keep`` is left to the loss: what reaches the tower comes through it.
+    """
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
         batches = run.feed.next_step()
         others = [
@@ -196,8 +201,11 @@ def disagreeing(loaded: LoadedRun, rank: int, other: str) -> str:
 
 @dataclass
 class Measured:
-    """views: kinds of the views and lengths of the documents, per micro-batch of this rank's first step. record:
-    what goes to metrics.jsonl. peak: FLOP/s that MFU is a share of. line: the console's."""
+    """What one rank measured of its first step.
+
+    views: kinds of the views and lengths of the documents, per micro-batch. record: for metrics.jsonl.
+    peak: FLOP/s that MFU is a share of. line: the console's.
+    """
 
     views: list[tuple[list[int], list[int]]]
     record: dict[str, Any]

@@ -23,7 +23,12 @@ class Command:
         env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=env,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
             )
 
     def wait(self, seconds: float) -> int:

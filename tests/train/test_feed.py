@@ -14,7 +14,7 @@ SMALL, WIDE = "one view", "four views"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """8 samples, one step; two of them with a JPEG that ends before its pixels do. whole.jsonl: all readable."""
+    """8 samples, one step; two have a JPEG that ends before its pixels do. whole.jsonl: all readable."""
     folder = make_files(tmp_path_factory.mktemp("feed"), samples=6)
     lines = {"train": read_lines(folder / "train.jsonl"), "whole": read_lines(folder / "train.jsonl")}
     for name, size in ((SMALL, (96, 80)), (WIDE, (160, 60))):
@@ -35,7 +35,9 @@ def test_a_decode_failure_on_one_rank_masks_the_document_on_all(world, data, tmp
     ranks = world.run(4, on_ranks.first_step, cut)
     # Ranks 0 and 1 share out the views; behind the first stage nothing is decoded.
     assert sorted(len(rank.failed) for rank in ranks) == [0, 0, 1, 2]
-    assert sum(SMALL in rank.failed for rank in ranks) == 1 and sum(WIDE in rank.failed for rank in ranks) == 2
+    assert (
+        sum(SMALL in rank.failed for rank in ranks) == 1 and sum(WIDE in rank.failed for rank in ranks) == 2
+    )
     assert ranks[2].failed == ranks[3].failed == []
     assert all(sorted(rank.masked) == sorted([SMALL, WIDE]) for rank in ranks)
     masked = world.run(4, on_ranks.first_step, whole, (SMALL, WIDE))
@@ -67,7 +69,9 @@ def test_every_layout_masks_alike(world, data, tmp_path, placement):
     """dp2tp2: only one of the two replicas meets a given bad sample."""
     config = write_config(data, tmp_path / "run")
     one = world.run(1, on_ranks.first_step, load(config))[0]
-    ranks = world.run(4, on_ranks.first_step, load(config, "dp2tp2", f"parallel.vision_placement={placement}"))
+    ranks = world.run(
+        4, on_ranks.first_step, load(config, "dp2tp2", f"parallel.vision_placement={placement}")
+    )
     for rank in ranks:
         assert (rank.tokens, rank.bad_samples) == (one.tokens, 2)
         assert rank.loss == pytest.approx(one.loss, rel=1e-6)
@@ -99,6 +103,8 @@ def test_a_step_without_a_single_good_sample_ends_the_run_on_all_ranks(world, da
     write_jsonl(tmp_path / "bad.jsonl", [chat("What?", "red", "missing.png", id=f"b{n}") for n in range(8)])
     config = load(write_config(data, tmp_path / "run"), "tp2pp2", f"data.train=[{tmp_path / 'bad.jsonl'}]")
     for error in world.run(4, on_ranks.refused, config, "train"):
-        assert error.startswith("DataError: step 1: none of its 8 samples has a scored token; 8 bad samples: missing 8")
+        assert error.startswith(
+            "DataError: step 1: none of its 8 samples has a scored token; 8 bad samples: missing 8"
+        )
     reasons = [record["reason"] for record in read_lines(tmp_path / "run" / "bad_samples.jsonl")]
     assert reasons == ["missing"] * 8

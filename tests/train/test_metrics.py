@@ -28,12 +28,16 @@ def test_a_record_is_consistent_with_the_cost_model(world, data, tmp_path, layou
     batches = [batch for rank in replicas for batch in rank.views]
     tower = decoder = 0.0
     for kinds, lengths in batches:
-        parts = tower_and_decoder(train_flops(loaded.config.model, sample_flops(loaded.config.model, kinds, lengths)))
+        parts = tower_and_decoder(
+            train_flops(loaded.config.model, sample_flops(loaded.config.model, kinds, lengths))
+        )
         tower, decoder = tower + parts[0], decoder + parts[1]
     assert tower > 0 and decoder > 0
     assert record["model_tflops"] * 1e12 * record["step_seconds"] * size == pytest.approx(tower + decoder)
     assert record["tower_share"] == pytest.approx(tower / (tower + decoder))
-    assert record["mfu"] == pytest.approx(record["model_tflops"] * 1e12 / ranks[0].peak) and ranks[0].peak > 1e9
+    assert (
+        record["mfu"] == pytest.approx(record["model_tflops"] * 1e12 / ranks[0].peak) and ranks[0].peak > 1e9
+    )
     assert record["images"] == sum(kinds.count(GLOBAL) for kinds, _ in batches) > 0
     assert record["crops"] == sum(kinds.count(CROP) for kinds, _ in batches) > 0
     views = [sum(len(kinds) for kinds, _ in rank.views) for rank in replicas]
@@ -43,12 +47,17 @@ def test_a_record_is_consistent_with_the_cost_model(world, data, tmp_path, layou
     # The slowest rank decides: 0.5 s is rank 0's time, the longest wait the last rank's.
     assert record["step_seconds"] == 0.5 and record["data_wait_seconds"] == pytest.approx(0.01 * size)
     assert record["eta_seconds"] == pytest.approx((8 - 3) * 0.5)
-    assert (record["loss"], record["grad_norm"], record["loss_tokens"], record["bad_samples"]) == (1.5, 0.25, 40, 2)
+    assert (record["loss"], record["grad_norm"], record["loss_tokens"], record["bad_samples"]) == (
+        1.5,
+        0.25,
+        40,
+        2,
+    )
     assert 2**26 < record["memory_bytes"] < 2**36
     line = ranks[0].line
     for part in (
-        "step 3/8", "loss 1.5000", "grad 0.25", "lr 1.00e-03", "tokens 1.23M", "tok/s/rank", "TFLOP/s", "MFU ",
-        "% of GEMM", f"{record['images']} img {record['crops']} crops", "mem ", " GiB",
+        "step 3/8", "loss 1.5000", "grad 0.25", "lr 1.00e-03", "tokens 1.23M", "tok/s/rank",
+        "TFLOP/s", "MFU ", "% of GEMM", f"{record['images']} img {record['crops']} crops", "mem ", " GiB",
         f"wait {10 * size} ms", "bad 2", "eta 0m03s",
     ):  # fmt: skip
         assert part in line, line
@@ -58,7 +67,9 @@ def test_a_record_is_consistent_with_the_cost_model(world, data, tmp_path, layou
 @pytest.fixture(scope="module")
 def on_one_rank(world, data, tmp_path_factory) -> tuple[dict[int, float], list[list[str]]]:
     folder = tmp_path_factory.mktemp("one")
-    (rank,) = world.run(1, on_ranks.pretrain, load(write_config(data, folder / "run"), "1", "train.train_steps=3"))
+    (rank,) = world.run(
+        1, on_ranks.pretrain, load(write_config(data, folder / "run"), "1", "train.train_steps=3")
+    )
     return losses(folder / "run"), rank.samples
 
 
@@ -75,13 +86,17 @@ def on_one_rank(world, data, tmp_path_factory) -> tuple[dict[int, float], list[l
 def test_the_layout_changes_neither_losses_nor_samples(world, data, tmp_path, on_one_rank, layout, keys):
     """From fresh weights, through the loader and the whole loop."""
     config = write_config(data, tmp_path / "run")
-    ranks = world.run(LAYOUTS[layout][0], on_ranks.pretrain, load(config, layout, "train.train_steps=3", *keys))
+    ranks = world.run(
+        LAYOUTS[layout][0], on_ranks.pretrain, load(config, layout, "train.train_steps=3", *keys)
+    )
     expected, samples = on_one_rank
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5) and len(expected) == 3
     replicas = ranks if layout == "dp2" else ranks[:1]
     for step, names in enumerate(samples):
         assert sorted(name for rank in replicas for name in rank.samples[step]) == sorted(names)
-    assert [rank.samples for rank in ranks if layout != "dp2"] == [samples] * (len(ranks) if layout != "dp2" else 0)
+    assert [rank.samples for rank in ranks if layout != "dp2"] == [samples] * (
+        len(ranks) if layout != "dp2" else 0
+    )
 
 
 def test_losses_differ_for_another_seed(world, data, tmp_path, on_one_rank):
@@ -102,7 +117,8 @@ def test_human(value, text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0m00s"), (59.6, "1m00s"), (3599.4, "59m59s"), (3661, "1h01m01s"), (9e4, "25h00m00s")]
+    ("seconds", "text"),
+    [(0, "0m00s"), (59.6, "1m00s"), (3599.4, "59m59s"), (3661, "1h01m01s"), (9e4, "25h00m00s")],
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text

@@ -32,10 +32,13 @@ def nothing_starts(monkeypatch):
     ("overrides", "ranks", "expected"),
     [
         (["parallel.tensor_model_parallel_size=3"], 3, ["tensor_model_parallel_size = 3"]),
-        (["parallel.pipeline_model_parallel_size=2"], 3, ["world size = 3: must be a multiple of TP1 x CP1 x PP2"]),
+        (["parallel.pipeline_model_parallel_size=2"], 3, ["must be a multiple of TP1 x CP1 x PP2"]),
         (["train.global_batch_size=7"], 2, ["train.global_batch_size = 7: must be a multiple of"]),
         (
-            ["parallel.context_parallel_size=2", "data.seq_length=63", "data.train=[nowhere.jsonl]", "data.sead=3"],
+            [
+                "parallel.context_parallel_size=2", "data.seq_length=63", "data.train=[nowhere.jsonl]",
+                "data.sead=3",
+            ],
             2,
             [
                 "3 problems", "data.seq_length = 63: must be a multiple of 2 x context_parallel_size 2",
@@ -43,10 +46,14 @@ def nothing_starts(monkeypatch):
             ],
         ),
         (
-            ["data.tokenizer=gone.model", "data.data_root=/no/where", "train.init_from_hf=/none", "schedule.phases=[]"],
+            [
+                "data.tokenizer=gone.model", "data.data_root=/no/where", "train.init_from_hf=/none",
+                "schedule.phases=[]",
+            ],
             1,
             [
-                "4 problems", "data.tokenizer = gone.model: no such file", "data.data_root = /no/where: no such folder",
+                "4 problems", "data.tokenizer = gone.model: no such file",
+                "data.data_root = /no/where: no such folder",
                 "train.init_from_hf = /none: no such folder", "schedule.phases",
             ],
         ),

@@ -45,7 +45,9 @@ def answers(world, config) -> dict[str, list[int]]:
 def test_exact_match_equals_a_plain_argmax(world, config, answers, layout, keys):
     ranks = world.run(LAYOUTS[layout][0], on_ranks.scored, load(config, layout, *keys), answers)
     expected = {name: number % 3 != 0 for number, name in enumerate(answers)}
-    assert all(rank == expected for rank in ranks), "filler or the refused sample was counted, or a rank differs"
+    assert all(rank == expected for rank in ranks), (
+        "filler or the refused sample was counted, or a rank differs"
+    )
     assert 0 < sum(expected.values()) < len(expected)
 
 

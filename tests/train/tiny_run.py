@@ -29,8 +29,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 
 def make_files(folder: Path, samples: int = 24, heldout: int = 11) -> Path:
-    """train.jsonl, eval.jsonl, text.model and pictures: every third sample has a picture with 3 crops, every third
-    a small one, every third none."""
+    """train.jsonl, eval.jsonl, text.model and pictures.
+
+    Of three samples one has a picture with 3 crops, one a small picture, one none.
+    """
     train_sentencepiece([*TEXTS, *COLOURS, "The circle is", "How many?"] * 3, str(folder / "text.model"), 300)
     for name, colour in COLOURS.items():
         Image.new("RGB", (40, 30), colour).save(folder / f"small_{name}.jpg")
@@ -50,7 +52,7 @@ def _record(split: str, number: int) -> dict:
 
 
 def write_config(data: Path, run_dir: Path, **train: Any) -> Path:
-    """run.yaml in the data folder's place for `run_dir`: the tiny preset on CPU, a schedule longer than the run."""
+    """A configuration beside `run_dir`: the tiny preset on CPU, a schedule longer than the run."""
     description = {
         "preset": "step3_vl_tiny",
         "run_dir": str(run_dir),

@@ -2,8 +2,8 @@
 
 Fills Megatron-Core's ``core_attention`` slot, where the stock class can do neither context parallelism nor
 packed rows. ``SelfAttention`` squeezes packed rows to ``thd`` and applies the rotary embedding; this module
-exchanges K and V over the context-parallel group and runs one attention per document and local chunk, so no
-mask grows with the square of the row and the work of a rank is what the plan says.
+exchanges K and V over the context-parallel group and runs one attention per document and local chunk, so the
+work of a rank is what the plan says. Masks are needed only under context parallelism, one chunk of queries wide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_vl.parallel.context_parallel import gather_sequence
 
@@ -78,7 +77,9 @@ class TorchCoreAttention(torch.nn.Module):
         """``[q, b, n, d]`` against ``[k, b, g, d]``; row i may look at keys up to i + diagonal (None: all)."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         assert diagonal is None or k.shape[2] == diagonal + q.shape[2]
-        mask = causal_lower_right(q.shape[2], k.shape[2]) if diagonal else None
+        mask = None
+        if diagonal:  # a chunk behind the first, under context parallelism: causal from the lower right corner
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(diagonal)
         out = torch.nn.functional.scaled_dot_product_attention(
             q,
             k,

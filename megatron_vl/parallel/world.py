@@ -6,6 +6,7 @@ and give them many jobs. Each job gets process groups of its own over the first 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -35,12 +36,13 @@ class _Job:
 def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connection) -> None:
     """One process of the world: take a job, join its group, answer, until the pipe closes."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["LOCAL_RANK"] = str(rank)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 
-    from megatron_vl.parallel.runtime import choose_device, stop
+    from megatron_vl.parallel.runtime import choose_device
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     choose_device(device, rank if device == "cuda" else 0)
@@ -60,11 +62,26 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
                 timeout=timedelta(seconds=timeout),
             )
             answer = ("done", job.function(*job.args))
-            stop()
-            dist.destroy_process_group()
+            _leave()
         except BaseException as error:  # the parent decides; nothing is swallowed
             answer = ("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         _send(pipe, answer)
+
+
+def _leave() -> None:
+    """End the job's groups for good: a group that anything still refers to keeps its threads, which wake up 100
+    times a second. Models end in reference cycles, and rotary embeddings sit in a cache with their group.
+    """
+    import torch.distributed as dist
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megatron_vl.parallel.runtime import stop
+
+    stop()
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _send(pipe: Connection, item: Any) -> None:

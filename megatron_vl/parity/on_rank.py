@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,7 +56,7 @@ class Job:
 def run(job: Job) -> Seen:
     """The function that ``LocalWorld.run`` calls on every rank."""
     config = job.config
-    device = choose_device(config.parallel.device, dist.get_rank())
+    device = choose_device(config.parallel.device, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = start(config.parallel, config.train.seed, device)
     parts = build(config, runtime, HFCheckpoint(job.directory).tensor, with_optimizer=job.steps > 0)
     feed = micro_batches(job.batches, config.model, runtime.layout, runtime.rank)

@@ -113,17 +113,26 @@ def _agreed_newest(run: Run) -> Path | None:
     """The checkpoint that rank 0 finds, the same on every rank.
 
     Raises:
-        CheckpointError: this rank does not see it.
+        CheckpointError: this rank does not see it, or rank 0 finds a broken folder (raised on every rank).
     """
     folder = run.folder / "checkpoints"
-    found: list[Path | None] = [newest(folder) if run.parts.runtime.rank == 0 else None]
+    checkpoint, problem = None, ""
+    if run.parts.runtime.rank == 0:
+        try:
+            checkpoint = newest(folder)
+        except CheckpointError as error:
+            problem = str(error)  # told to the others first: they would wait for ever
+    found = [checkpoint, problem]
     dist.broadcast_object_list(found, src=0)
-    if found[0] is not None and not (found[0] / "meta.json").is_file():
+    checkpoint, problem = found
+    if problem:
+        raise CheckpointError(problem)
+    if checkpoint is not None and not (checkpoint / "meta.json").is_file():
         name = run.parts.runtime.name
         raise CheckpointError(
-            f"{name} cannot see {found[0]}: run_dir must be on a file system that all nodes share"
+            f"{name} cannot see {checkpoint}: run_dir must be on a file system that all nodes share"
         )
-    return found[0]
+    return checkpoint
 
 
 def write_resolved(folder: Path, loaded: LoadedRun, parts: Parts) -> None:

@@ -111,7 +111,10 @@ def forward_backward(
     Returns (loss, tokens) of the global batch, equal on every rank: mean loss over all scored tokens.
     """
     parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
-    reports = run_schedule(parts, partial(forward_step, parts), batches, forward_only)
+    try:
+        reports = run_schedule(parts, partial(forward_step, parts), batches, forward_only)
+    finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive
+        parts.decoder_config.finalize_model_grads_func = None
     return global_loss(parts, reports)
 
 

@@ -77,6 +77,8 @@ def test_a_missing_config_file(tmp_path, capsys):
 def test_ranks_of_a_launcher_check_against_its_world_size(config, capsys, monkeypatch):
     """Under torchrun and srun, not --nproc but the launcher says how many ranks there are."""
     key = "parallel.tensor_model_parallel_size=2"
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(["pretrain", str(config), key]) == 2

@@ -189,7 +189,7 @@ def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: in
 
 
 def padding_id(model: ModelConfig) -> int:
-    """What rows are filled up with: ``<|endoftext|>``, or any text id of a small vocabulary whose files leave it out."""
+    """What rows are filled up with: ``<|endoftext|>``, or any text id where a small vocabulary leaves it out."""
     known = model.tokens.endoftext
     return known if known < model.text.vocab_size else int(model.tokens.im_patch == 0)
 

@@ -79,7 +79,11 @@ def on_one_rank(world, data, tmp_path_factory) -> tuple[dict[int, float], list[l
         ("dp2", []),
         ("cp2", []),
         ("tp2pp2", ["parallel.sequence_parallel=true"]),
-        ("tp2pp2", ["parallel.vision_placement=tensor", "train.micro_batch_size=1"]),
+        pytest.param(
+            "tp2pp2",
+            ["parallel.vision_placement=tensor", "train.micro_batch_size=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dp2", "cp2", "tp2sppp2", "tp2pp2-tensor-micro1"],
 )

@@ -35,7 +35,7 @@ def stopped(world, data, tmp_path_factory) -> Path:
         pytest.param(
             "tp2pp2", ["parallel.use_distributed_optimizer=false", "optim.projector_lr_scale=0.5"], marks=SLOW
         ),
-        ("dp2tp2", []),
+        pytest.param("dp2tp2", [], marks=SLOW),
     ],
     ids=["1", "dp2-bf16", "tp2pp2", "tp2pp2-plain", "dp2tp2"],
 )

@@ -23,7 +23,7 @@ $(STAMP): setup.py pyproject.toml constraints-cpu.txt tools/setup_env.sh
 	@tools/setup_env.sh $(VENV)
 	@touch $@
 
-quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score it (10 minutes)
+quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score it (about 7 minutes)
 	@$(PY) examples/quickstart/quickstart.py $(ARGS)
 
 test: $(STAMP) ## the tests of every change: no GPU, within 15 minutes on 2 cores

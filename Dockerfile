@@ -1,7 +1,7 @@
 # megatron_vl for NVIDIA GPUs: CUDA 13 build of torch, Transformer Engine compiled against it.
 #
 #     docker build -t megatron-vl .
-#     docker run --gpus all --ipc=host -v "$PWD/runs:/work/runs" megatron-vl python -m megatron_vl --help
+#     docker run --gpus all --ipc=host -v "$PWD/runs:/app/runs" megatron-vl python -m megatron_vl --help
 #
 # This file has never been built or run: the project was developed on machines without a GPU or Docker, and the
 # versions below follow from what the packages declare. Reports are welcome.
@@ -22,7 +22,7 @@ RUN pip install --no-cache-dir torch==2.13.0
 # 2. what that build needs and, without isolation, does not fetch itself.
 RUN pip install --no-cache-dir wheel packaging setuptools pybind11 ninja
 
-WORKDIR /work
+WORKDIR /app
 COPY . .
 # 3. without build isolation, which would download another torch and build against that. NVTE_FRAMEWORK keeps
 #    it to PyTorch, MAX_JOBS bounds memory.

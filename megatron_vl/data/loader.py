@@ -103,7 +103,7 @@ class Loader:
         self.num_steps = num_steps
         self.wait_seconds = 0.0
         self._numbers = _Numbers(self, micro_batches.per_step)
-        background = data.num_workers > 0
+        self._background = background = data.num_workers > 0
         self._data_loader = DataLoader(
             micro_batches,
             batch_size=None,
@@ -133,13 +133,15 @@ class Loader:
             if self._iterator is None:
                 self._iterator = iter(self._data_loader)
             batches = [next(self._iterator) for _ in range(self.micro_batches.per_step)]
-        except RuntimeError as error:
-            # PyTorch reports dead and silent workers as plain RuntimeErrors; "Caught ..." is one of a
-            # worker's own.
-            if not str(error).startswith("DataLoader"):
+        except (RuntimeError, EOFError, OSError) as error:
+            # PyTorch reports dead and silent workers as plain RuntimeErrors; a worker that dies while it
+            # hands over its tensors shows as a broken connection. "Caught ..." is an error of a worker's own.
+            broken = self._background and not isinstance(error, RuntimeError)
+            text = "a DataLoader worker ended while handing over its micro-batch." if broken else str(error)
+            if str(error).startswith("Caught") or not (broken or text.startswith("DataLoader")):
                 raise
             raise DataError(
-                f"loading of step {self.step} failed: {str(error).splitlines()[0]} A worker that is killed "
+                f"loading of step {self.step} failed: {text.splitlines()[0]} A worker that is killed "
                 "has mostly run out of memory, or of /dev/shm in a container (start it with --ipc=host); one "
                 f"that is silent for {self._timeout_seconds:g} s has mostly lost its file system. "
                 "data.num_workers=0 loads in the training process"

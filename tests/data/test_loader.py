@@ -143,9 +143,9 @@ def test_background_processes_give_the_same_and_their_death_is_an_error(data):
     for worker in background._data_loader._iterator._workers:
         os.kill(worker.pid, signal.SIGKILL)
     begin = time.monotonic()
-    with pytest.raises(
-        DataError, match=r"loading of step \d+ failed: DataLoader worker \(pid.* exited unexpectedly"
-    ):
+    # PyTorch notices in one of three places, by chance
+    said = r"DataLoader worker \(pid.* (exited unexpectedly|is killed)|a DataLoader worker ended"
+    with pytest.raises(DataError, match=rf"step \d+ failed: ({said})"):
         for _ in range(20):
             background.next_step()
     assert time.monotonic() - begin < 30

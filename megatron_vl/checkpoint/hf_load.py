@@ -129,13 +129,14 @@ def load_weights(
     chunks: Iterable[torch.nn.Module],
     stages: Iterable[Stage],
     model: ModelConfig,
-    source: Callable[[str], torch.Tensor],
+    source: Callable[[str], torch.Tensor] | None,
     tp: tuple[int, int],
     vision_tp: tuple[int, int],
 ) -> None:
-    """Fill the parameters of this rank's chunks from released tensors.
+    """Fill the parameters of this rank's chunks from released tensors, and mark how they are sharded.
 
-    source: released name -> whole tensor. tp, vision_tp: (size, rank) of the sharding of decoder and tower.
+    source: released name -> whole tensor; None leaves the values as they are, for a checkpoint that fills them
+    later. tp, vision_tp: (size, rank) of the sharding of decoder and tower.
 
     Raises:
         CheckpointError: a parameter that no rule names, or one whose shape does not come out.
@@ -147,17 +148,19 @@ def load_weights(
             if name not in rules:
                 raise CheckpointError(f"parameter {name} stands in no rule of checkpoint/hf_names.py")
             rule = rules[name]
-            whole = to_ours(rule, [source(hf) for hf, _ in rule.hf], model)
             size, rank = tp if rule.part == "decoder" else vision_tp
-            part = shard(rule, whole, size, rank)
-            if part.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{name}: shard {list(part.shape)} for a parameter {list(parameter.shape)}"
-                )
-            with torch.no_grad():
-                parameter.copy_(part)
+            if source is not None:
+                whole = to_ours(rule, [source(hf) for hf, _ in rule.hf], model)
+                _fill(name, parameter, shard(rule, whole, size, rank))
             # Megatron-Core sets these when it draws the weights itself; the global gradient norm reads them
             # and would count a shard without the mark on tensor-parallel rank 0 only
             parameter.tensor_model_parallel = rule.axis is not None and size > 1
             parameter.partition_dim = -1 if rule.axis is None else rule.axis
             parameter.partition_stride = 1
+
+
+def _fill(name: str, parameter: torch.nn.Parameter, part: torch.Tensor) -> None:
+    if part.shape != parameter.shape:
+        raise CheckpointError(f"{name}: shard {list(part.shape)} for a parameter {list(parameter.shape)}")
+    with torch.no_grad():
+        parameter.copy_(part)

@@ -166,7 +166,17 @@ class TrainConfig:
     eval_samples: int = key("held-out samples of one evaluation; 0 = all", 0, at_least=0)
     seed: int = key("seed of initialisation and dropout", 1234, at_least=0)
     init_from_hf: str | None = key("folder in the released layout to take the first weights from", None)
+    init_from: str | None = key("checkpoint, or folder of a run, to take the first weights from", None)
     log_interval: int = key("steps between console lines", 1, at_least=1)
+    exit_duration_minutes: float | None = key(
+        "minutes after its start at which a process saves, ends with code 75 and can be started again; none = no "
+        "limit",
+        None,
+        above=0,
+    )
+    max_skipped_steps: int = key(
+        "steps in a row whose loss or gradient may be infinite or not a number; they are skipped", 10, at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,19 @@ class CheckpointConfig:
 
     save_interval: int = key("steps between checkpoints; 0 = none on the way", 0, at_least=0)
     save_at_end: bool = key("save after the last step", True)
+    async_save: bool = key("write in the background; training waits for the copy off the device only", True)
+    keep_last: int | None = key("newest checkpoints that are kept; none = all", None, at_least=1)
+    keep_every: int = key("checkpoints of every so many steps are kept for good; 0 = none", 0, at_least=0)
+    verify: str = key(
+        "what is compared before resuming: size and sha256 of every file, or sizes only",
+        "digest",
+        choices=("digest", "size"),
+    )
+    strict: bool = key(
+        "refuse to resume when a newer checkpoint is damaged or half-written, instead of using the newest good one",
+        False,
+    )
+    timeout_seconds: int = key("how long writing one checkpoint may take", 1800, at_least=1)
 
 
 @dataclass(frozen=True)

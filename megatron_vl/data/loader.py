@@ -6,9 +6,15 @@ where another one stopped after step k - 1, in any layout.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +26,8 @@ from megatron_vl.data.order import SampleOrder, rows_for_step
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.errors import DataError
 from megatron_vl.plan.vision_share import share_views
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,9 @@ class Loader:
         )
         self._timeout_seconds = timeout_seconds
         self._iterator: Iterator[MicroBatch] | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        if background:
+            atexit.register(_end, self._workers)  # before multiprocessing asks them by SIGTERM, and waits
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -124,15 +135,20 @@ class Loader:
     def __next__(self) -> list[MicroBatch]:
         return self.next_step()
 
-    def next_step(self) -> list[MicroBatch]:
-        """The micro-batches of step `self.step`, in order."""
+    def next_step(self, tick: Callable[[], None] | None = None) -> list[MicroBatch]:
+        """The micro-batches of step `self.step`, in order. tick: called for each, as a sign of progress."""
         if self.num_steps is not None and self.step >= self.num_steps:
             raise StopIteration
         begin = time.perf_counter()
         try:
             if self._iterator is None:
-                self._iterator = iter(self._data_loader)
-            batches = [next(self._iterator) for _ in range(self.micro_batches.per_step)]
+                with _without_stop_signals(), self._starting():
+                    self._iterator = iter(self._data_loader)
+            batches = []
+            for _ in range(self.micro_batches.per_step):
+                batches.append(next(self._iterator))
+                if tick is not None:
+                    tick()
         except (RuntimeError, EOFError, OSError) as error:
             # PyTorch reports dead and silent workers as plain RuntimeErrors; a worker that dies while it
             # hands over its tensors shows as a broken connection. "Caught ..." is an error of a worker's own.
@@ -156,10 +172,20 @@ class Loader:
         self._iterator = None
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the worker processes at once, also in the middle of a sample."""
+        _end(self._workers)
         self._iterator = None
         self._data_loader = None
         self.micro_batches.source.close()
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Take note of the processes that are started inside."""
+        before = set(multiprocessing.active_children())
+        try:
+            yield
+        finally:
+            self._workers += set(multiprocessing.active_children()) - before
 
 
 def train_loader(
@@ -222,6 +248,37 @@ class _Numbers:
         while last is None or item < last:
             yield item
             item += 1
+
+
+@contextmanager
+def _without_stop_signals() -> Iterator[None]:
+    """Processes that are started inside never see SIGTERM or SIGUSR1; this one sees them afterwards.
+
+    Batch systems signal every process of a job, but a request to stop is for the training process alone: it still
+    needs its workers, and ends them itself. They end by themselves when their parent is gone.
+    """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # starts a process as well, and unblocks SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _end(workers: list[multiprocessing.process.BaseProcess]) -> None:
+    """Kill worker processes and forget them. PyTorch's handler would call their end an error."""
+    if not workers:
+        return
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    if in_main:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    workers.clear()
 
 
 def _unchanged(batch: MicroBatch) -> MicroBatch:

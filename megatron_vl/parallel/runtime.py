@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,18 @@ import torch.distributed as dist
 from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.errors import ConfigError, MegatronVLError
 from megatron_vl.parallel import cpu
+from megatron_vl.parallel.heartbeat import Heartbeat, Phase
+from megatron_vl.parallel.launch import HUNG, read_environment
 from megatron_vl.plan.layout import Coords, Layout
+
+NCCL_LATER_SECONDS = 60
+GLOO_WORDS = (
+    "gloo",
+    "Timed out waiting",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 
 
 @dataclass(frozen=True)
@@ -46,42 +58,6 @@ class Runtime:
     @property
     def is_last_stage(self) -> bool:
         return self.coords.pp == self.layout.pp - 1
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What the launcher says about this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def read_environment() -> Environment:
-    """Rank and world size from torchrun's or Slurm's variables; one rank when there are none.
-
-    Raises:
-        ConfigError: a launcher is there but its variables are incomplete.
-    """
-    env = os.environ
-    if "RANK" in env:
-        missing = [k for k in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
-        if missing:
-            raise ConfigError(
-                f"RANK={env['RANK']} is set but {', '.join(missing)} is not: start with torchrun or --nproc"
-            )
-        return Environment(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        missing = [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in env]
-        if missing:
-            raise ConfigError(
-                f"under srun {' and '.join(missing)} must be exported, e.g. MASTER_ADDR=$(scontrol show hostnames "
-                "$SLURM_JOB_NODELIST | head -1) MASTER_PORT=29500"
-            )
-        return Environment(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-        )
-    return Environment(0, 1, 0)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -126,7 +102,7 @@ def start(parallel: ParallelConfig, seed: int, device: torch.device) -> Runtime:
 
     layout = Layout.from_config(parallel, dist.get_world_size())
     rank = dist.get_rank()
-    groups = make_groups(layout, parallel.timeout_seconds)
+    groups = make_groups(layout, collective_timeout(parallel, device))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -151,7 +127,7 @@ def start_from_environment(parallel: ParallelConfig, seed: int) -> Iterator[Runt
     env = read_environment()
     device = choose_device(parallel.device, env.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=parallel.timeout_seconds)
+    timeout = timedelta(seconds=collective_timeout(parallel, device))
     if env.world_size == 1:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -164,26 +140,42 @@ def start_from_environment(parallel: ParallelConfig, seed: int) -> Iterator[Runt
     dist.destroy_process_group()
 
 
+def collective_timeout(parallel: ParallelConfig, device: torch.device) -> int:
+    """Seconds that a collective may wait. NCCL aborts the process without a word: the heartbeat speaks first."""
+    return parallel.timeout_seconds + (NCCL_LATER_SECONDS if device.type == "cuda" else 0)
+
+
 @contextmanager
-def reported(runtime: Runtime, phase: Phase) -> Iterator[None]:
-    """Print which rank failed in which phase, then let the error go on."""
+def reported(runtime: Runtime, phase: Phase, heartbeat: Heartbeat | None = None) -> Iterator[None]:
+    """Print which rank failed in which phase, and which ranks the others wait for; then let the error go on.
+
+    A collective that timed out ends the process with code 124, since ending in order would wait for the others.
+    """
     try:
         yield
     except MegatronVLError:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(
-            f"{runtime.name} failed while {phase.name} at step {phase.step}: {first}",
-            file=sys.stderr,
-            flush=True,
-        )
+        lost, timed_out = collective_failed(error)
+        if heartbeat is not None:
+            heartbeat.state = "lost" if lost else "failed"
+        lines = [f"{runtime.name} failed while {phase.name} at step {phase.step}: {first}"]
+        if lost and heartbeat is not None:
+            lines += heartbeat.suspects(hung=timed_out)
+        if timed_out:
+            lines.append(traceback.format_exc())
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        if timed_out:
+            if heartbeat is not None:
+                heartbeat.close()
+            os._exit(HUNG)
         raise
 
 
-@dataclass
-class Phase:
-    """What a rank is doing, for error messages."""
-
-    name: str = "starting"
-    step: int = 0
+def collective_failed(error: Exception) -> tuple[bool, bool]:
+    """(it failed in a collective, and because of the time-out); gloo's errors are told apart by their texts only."""
+    text = str(error)
+    gloo = isinstance(error, RuntimeError) and any(words in text for words in GLOO_WORDS)
+    lost = gloo or isinstance(error, dist.DistError)
+    return lost, lost and any(words in text.lower() for words in ("timed out", "timeout"))

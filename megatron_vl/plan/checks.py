@@ -91,7 +91,20 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
         for path, file in files
         if not Path(file).is_file()
     ]
-    folders = {"data.data_root": data.data_root, "train.init_from_hf": train.init_from_hf}
+    folders = {
+        "data.data_root": data.data_root,
+        "train.init_from_hf": train.init_from_hf,
+        "train.init_from": train.init_from,
+    }
+    if train.init_from is not None and train.init_from_hf is not None:
+        problems.append(
+            Problem(
+                "train.init_from",
+                train.init_from,
+                f"train.init_from_hf = {train.init_from_hf} is set as well",
+                "keep one source of the first weights",
+            )
+        )
     problems += [
         Problem(
             path, folder, "no such folder", "correct the path; relative paths start at the working directory"

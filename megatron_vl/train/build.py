@@ -38,11 +38,15 @@ class Parts:
 
 
 def build(
-    config: RunConfig, runtime: Runtime, source: Callable[[str], torch.Tensor], with_optimizer: bool = True
+    config: RunConfig,
+    runtime: Runtime,
+    source: Callable[[str], torch.Tensor] | None,
+    with_optimizer: bool = True,
 ) -> Parts:
     """Build this rank's part of the model and fill it.
 
-    source: released tensor name -> whole tensor (a checkpoint directory, or fresh weights).
+    source: released tensor name -> whole tensor (a checkpoint directory, or fresh weights); None: a checkpoint is
+    restored afterwards, nothing is drawn.
     """
     parallel, model = config.parallel, config.model
     backend = choose_backend(parallel.layer_backend)

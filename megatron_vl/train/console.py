@@ -26,6 +26,7 @@ def step_line(m: StepMetrics, total_steps: int, on_cpu: bool) -> str:
             f"mem {m.memory_bytes / 2**30:.2f} GiB",
             f"wait {m.data_wait_seconds * 1e3:.0f} ms",
             *([f"bad {m.bad_samples}"] if m.bad_samples else []),
+            *([f"skipped {m.skipped_steps}"] if m.skipped_steps else []),
             f"eta {clock(m.eta_seconds)}",
         ]
     )

@@ -32,12 +32,16 @@ class Feed:
         self.loader, self.runtime, self.log = loader, runtime, log
 
     def next_step(self) -> list[MicroBatch]:
-        """The micro-batches of the next step.
+        """Load and settle the micro-batches of the next step."""
+        return self.settle(self.loader.next_step())
+
+    def settle(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """What this rank has loaded, agreed with the other ranks; every rank calls it.
 
         Raises:
             DataError: the ranks of this replica have read different data; the message names the ranks' values.
         """
-        batches = agree(self.loader.next_step(), self.runtime)
+        batches = agree(batches, self.runtime)
         if self.log is not None:
             self._record(batches)
         return batches

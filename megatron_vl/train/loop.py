@@ -1,106 +1,127 @@
-"""The training loop: load, step, log, evaluate, save. Reads top to bottom."""
+"""The training loop: load, step, log, save, evaluate. Reads top to bottom; between steps see `boundary.py`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
-from megatron_vl.checkpoint.saved import Progress, save
+from megatron_vl.checkpoint.progress import Progress
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
 from megatron_vl.errors import DataError
 from megatron_vl.optim.schedule import learning_rate
-from megatron_vl.parallel.runtime import Phase
 from megatron_vl.plan.budget import tokens_per_step
-from megatron_vl.train.build import Parts
+from megatron_vl.train.boundary import begin_save, evaluation_is_missing, finish_save, next_batches, stop
 from megatron_vl.train.console import step_line
-from megatron_vl.train.feed import Feed
-from megatron_vl.train.metrics import Meter, MetricsFile
-from megatron_vl.train.step import evaluate_loss, train_step
-
-
-@dataclass
-class Run:
-    """A training run on one rank, ready to go. file: metrics of rank 0. say: prints on rank 0."""
-
-    parts: Parts
-    feed: Feed
-    eval_feed: Feed | None
-    meter: Meter
-    file: MetricsFile | None
-    say: Callable[[str], None]
-    folder: Path
-    phase: Phase
-    total_steps: int
-
-    def close(self) -> None:
-        """End the loading processes."""
-        for feed in (self.feed, self.eval_feed):
-            if feed is not None:
-                feed.loader.close()
+from megatron_vl.train.run import Run
+from megatron_vl.train.skipped import SkippedSteps
+from megatron_vl.train.step import StepResult, evaluate_loss, train_step
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Train from ``progress`` to the end of the run; returns where it ended."""
+    """Train from ``progress`` to the end of the run, or until the ranks have agreed to stop (``run.stop.agreed``).
+
+    Returns where it ended; that is saved, unless ``checkpoint.save_at_end`` says otherwise.
+
+    Raises:
+        TooManySkippedSteps: more than ``train.max_skipped_steps`` in a row.
+    """
     config, parts = run.parts.config, run.parts
-    on_cpu = parts.runtime.device.type == "cpu"
-    step, tokens = progress.step, progress.tokens
-    while step < run.total_steps:
-        run.phase.step = step + 1
+    skips = SkippedSteps(run.folder, config.train.max_skipped_steps, parts.runtime, run.say)
+    limit, save_due = run.first_step_seconds, False
+    run.stop.defer()
+    if evaluation_is_missing(run, progress.step) and evaluate(run, progress.step) is None:
+        return stop(run, progress, skips)
+    while progress.step < run.total_steps:
         begin = time.perf_counter()
-        run.phase.name = "loading data"
-        batches = run.feed.next_step()
-        lr = learning_rate(config.schedule, tokens)
-        run.phase.name = "training"
-        result = train_step(parts, batches, lr)
+        batches = next_batches(run, run.feed, "loading data", progress.step + 1)
+        if batches is None:
+            return stop(run, progress, skips)
+        lr = learning_rate(config.schedule, progress.tokens)
+        run.phase.enter("training", limit=limit)
+        limit = run.step_seconds
+        result = train_step(parts, batches, lr, run.phase.tick)
         if result.tokens == 0:
-            raise DataError(
-                f"step {step + 1}: none of its {config.train.global_batch_size} samples has a scored token; "
-                f"{run.feed.log.summary()}, see {run.folder / 'bad_samples.jsonl'} and data.data_root"
-            )
-        step, tokens = step + 1, tokens + tokens_per_step(config)
-        seconds = time.perf_counter() - begin
-        metrics = run.meter.measure(
-            step, tokens, lr, result, batches, seconds, run.feed.loader.wait_seconds, run.feed.log.total
-        )
-        if run.file:
-            run.file.write(metrics)
-        if step % config.train.log_interval == 0 or step == run.total_steps:
-            run.say(step_line(metrics, run.total_steps, on_cpu))
-        if _due(step, config.train.eval_interval, run.total_steps) and run.eval_feed is not None:
-            run.phase.name = "evaluating"
-            evaluate(run, step)
-        at_end = step == run.total_steps and config.checkpoint.save_at_end
-        every = config.checkpoint.save_interval
-        if at_end or (every and step % every == 0):
-            run.phase.name = "saving"
-            save_now(run, Progress(step, tokens, progress.data))
-    return Progress(step, tokens, progress.data)
+            raise nothing_scored(run, progress.step + 1)
+        progress = after_step(progress, config, result)
+        report(run, progress, lr, result, batches, time.perf_counter() - begin)
+        skips.see(progress, result, batches)
+        if skips.too_many:
+            finish_save(run)
+            raise skips.error(run.newest)
+        at_end = progress.step == run.total_steps
+        save_due |= due(progress.step, config.checkpoint.save_interval)
+        # weights that have just met a loss that is not finite are not saved before a good step, but at the end
+        if (save_due and not skips.in_a_row) or (at_end and config.checkpoint.save_at_end):
+            begin_save(run, progress)
+            save_due = False
+        eval_due = run.eval_feed is not None and (at_end or due(progress.step, config.train.eval_interval))
+        if eval_due and evaluate(run, progress.step) is None:
+            return stop(run, progress, skips)
+    finish_save(run)
+    return progress
 
 
-def _due(step: int, interval: int, last: int) -> bool:
-    return interval > 0 and (step % interval == 0 or step == last)
+def due(step: int, interval: int) -> bool:
+    """Whether ``step`` ends an interval; 0 = there are none."""
+    return interval > 0 and step % interval == 0
 
 
-def evaluate(run: Run, step: int) -> float:
-    """Mean loss over the evaluation set, every sample once; printed and written to the metrics."""
-    run.eval_feed.loader.seek(0)
+def after_step(progress: Progress, config: RunConfig, result: StepResult) -> Progress:
+    """One step further; the data of a skipped one count as consumed."""
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + tokens_per_step(config),
+        samples=progress.samples + config.train.global_batch_size,
+        skipped=progress.skipped + result.skipped,
+    )
+
+
+def report(
+    run: Run, progress: Progress, lr: float, result: StepResult, batches: Sequence[MicroBatch], seconds: float
+) -> None:
+    """Metrics of a step, to the file and the console. seconds: of the whole step."""
+    run.phase.enter("measuring", limit=run.step_seconds)
+    loader, config = run.feed.loader, run.parts.config
+    metrics = run.meter.measure(
+        progress.step, progress.tokens, lr, result, batches, seconds, loader.wait_seconds, run.feed.log.total,
+        progress.skipped,
+    )  # fmt: skip
+    if run.file:
+        run.file.write(metrics)
+    if progress.step % config.train.log_interval == 0 or progress.step == run.total_steps:
+        run.say(step_line(metrics, run.total_steps, run.parts.runtime.device.type == "cpu"))
+
+
+def nothing_scored(run: Run, step: int) -> DataError:
+    """The error of a step without a single scored token."""
+    return DataError(
+        f"step {step}: none of its {run.parts.config.train.global_batch_size} samples has a scored token; "
+        f"{run.feed.log.summary()}, see {run.folder / 'bad_samples.jsonl'} and data.data_root"
+    )
+
+
+def evaluate(run: Run, step: int) -> float | None:
+    """Mean loss over the evaluation set, every sample once; printed and written to the metrics.
+
+    None when the ranks have agreed to stop before its end; nothing is written then.
+    """
+    feed = run.eval_feed
+    feed.loader.seek(0)
     total = tokens = 0.0
-    for _ in range(run.eval_feed.loader.num_steps):
-        loss, count = evaluate_loss(run.parts, run.eval_feed.next_step())
+    for number in range(feed.loader.num_steps):
+        batches = next_batches(run, feed, "loading evaluation data", step)
+        if batches is None:
+            run.say(f"eval at step {step} abandoned after {number} of {feed.loader.num_steps} batches")
+            return None
+        run.phase.enter("evaluating", limit=run.first_step_seconds if number == 0 else run.step_seconds)
+        loss, count = evaluate_loss(run.parts, batches, run.phase.tick)
         total, tokens = total + loss * count, tokens + count
     loss = total / max(tokens, 1)
-    refused = f" | {run.eval_feed.log.summary()}" if run.eval_feed.log.total else ""
+    refused = f" | {feed.log.summary()}" if feed.log.total else ""
     run.say(f"eval at step {step} | loss {loss:.4f} over {int(tokens)} tokens{refused}")
     if run.file:
         run.file.write({"step": step, "eval_loss": loss, "eval_tokens": int(tokens)})
     return loss
-
-
-def save_now(run: Run, progress: Progress) -> None:
-    """Save and say where."""
-    begin = time.perf_counter()
-    where = save(
-        run.folder / "checkpoints", progress, run.parts.runtime, run.parts.chunks, run.parts.optimizer
-    )
-    run.say(f"saved {where} in {time.perf_counter() - begin:.1f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +25,9 @@ class StepMetrics:
     """One line of metrics.jsonl. Times in s, memory in bytes, rates over the whole step.
 
     tokens: consumed row tokens (padding included), which drive the schedule. text_tokens: real tokens of this
-    step. tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no
-    recomputation) per second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start.
+    step. loss, grad_norm: null in the file when not finite. skipped_steps: how many such steps there were up to now.
+    tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no recomputation) per
+    second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start.
     """
 
     step: int
@@ -47,6 +49,7 @@ class StepMetrics:
     views_of_a_replica_max: int
     memory_bytes: int
     bad_samples: int
+    skipped_steps: int
     eta_seconds: float
 
 
@@ -60,7 +63,7 @@ class Meter:
 
     def measure(
         self, step: int, tokens: int, lr: float, result: StepResult, batches: Sequence[MicroBatch],
-        seconds: float, waited: float, bad_samples: int,
+        seconds: float, waited: float, bad_samples: int, skipped_steps: int,
     ) -> StepMetrics:  # fmt: skip
         """Metrics of step number ``step`` (from 1). Every rank calls it."""
         tower, decoder = step_flops(self.config, batches)
@@ -88,7 +91,7 @@ class Meter:
             tokens_per_second_per_gpu=text_tokens / seconds / ranks, model_tflops=rate / 1e12, mfu=rate / self.peak,
             tower_share=tower / max(tower + decoder, 1.0), images=int(images), crops=int(crops),
             views_of_a_replica_min=-int(fewest_views), views_of_a_replica_max=int(most_views),
-            memory_bytes=int(memory), bad_samples=bad_samples,
+            memory_bytes=int(memory), bad_samples=bad_samples, skipped_steps=skipped_steps,
             eta_seconds=(self.total_steps - step) * sorted(self._recent)[len(self._recent) // 2],
         )  # fmt: skip
 
@@ -137,20 +140,33 @@ def measured_gemm_rate(runtime: Runtime, size: int = 512, repeats: int = 8) -> f
     return rate.item() / runtime.layout.world_size
 
 
-class MetricsFile:
-    """metrics.jsonl of the run folder; only the writing rank has one. A resumed run cuts off repeated steps."""
+class StepLines:
+    """A JSON-lines file of the run folder with one object per line and its ``step``; only one rank writes.
+
+    Opened by a resumed run it loses the lines of steps that come again, and a last line that a kill cut off.
+    """
 
     def __init__(self, path: Path, from_step: int) -> None:
         self.path = path
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            # a last line without its end was cut off by a kill
-            kept = [
-                line[:-1] for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step
-            ]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
+            path.write_text("".join(kept))
 
     def write(self, record: StepMetrics | dict) -> None:
-        """Append one record."""
+        """Append one record; strict JSON, so numbers that are not finite become null."""
+        record = record if isinstance(record, dict) else asdict(record)
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(record if isinstance(record, dict) else asdict(record)) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+class MetricsFile(StepLines):
+    """metrics.jsonl."""
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after ``step`` is there."""
+        if not self.path.exists():
+            return False
+        records = map(json.loads, self.path.read_text().splitlines())
+        return any(r["step"] == step and "eval_loss" in r for r in records)

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from megatron_vl.checkpoint.folder import find
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.initialize import FreshWeights
-from megatron_vl.checkpoint.saved import Progress, newest, restore
+from megatron_vl.checkpoint.live import Live
+from megatron_vl.checkpoint.progress import Progress
+from megatron_vl.checkpoint.resume import choose, restore
+from megatron_vl.checkpoint.saver import Saver
+from megatron_vl.checkpoint.stored import Stored
+from megatron_vl.config.changes import changed_keys
 from megatron_vl.config.dump import to_yaml
 from megatron_vl.config.hf_config import model_from_hf
 from megatron_vl.config.load import LoadedRun
-from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.same_model import check_same_model
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
 from megatron_vl.data.loader import Loader, eval_loader, train_loader
-from megatron_vl.errors import CheckpointError, Problem, raise_if_any
+from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel.runtime import Phase, Runtime
 from megatron_vl.plan.budget import total_steps
 from megatron_vl.train.build import Parts, build
@@ -30,37 +35,40 @@ from megatron_vl.train.feed import Feed, place_of
 from megatron_vl.train.loop import Run
 from megatron_vl.train.metrics import Meter, MetricsFile
 
-# Fields that only say how fresh weights are drawn or how long rows are meant to be.
-NOT_COMPUTED = {"layer_scale_init", "init_method_std", "max_position_embeddings"}
 
+@dataclass(frozen=True)
+class FirstWeights:
+    """Where the first weights come from. source: released name -> whole tensor, None when a checkpoint is restored.
 
-def weight_source(config: RunConfig) -> Callable[[str], torch.Tensor]:
-    """Where the first weights come from: ``train.init_from_hf``, or fresh ones from ``train.seed``."""
-    if config.train.init_from_hf is None:
-        return FreshWeights(config.model, config.train.seed)
-    check_same_model(config.train.init_from_hf, config.model)
-    checkpoint = HFCheckpoint(config.train.init_from_hf)
-    checkpoint.check(config.model)
-    return checkpoint.tensor
-
-
-def check_same_model(directory: str, model: ModelConfig) -> None:
-    """Refuse weights whose config.json describes another model: shapes alone do not show a wrong rope base.
-
-    Raises:
-        ConfigErrors: every field that differs and shapes the computation.
+    dtypes: number formats under which they were released, None for fresh ones; an export goes back to them.
     """
-    theirs, problems = model_from_hf(directory), []
-    for part in ("vision", "text", "tokens"):
-        here, there = getattr(model, part), getattr(theirs, part)
-        for field in fields(here):
-            ours, other = getattr(here, field.name), getattr(there, field.name)
-            if ours != other and field.name not in NOT_COMPUTED:
-                rule = f"{directory}/config.json says {other}"
-                problems.append(
-                    Problem(f"model.{part}.{field.name}", ours, rule, f"set model_from: {directory}")
-                )
-    raise_if_any(problems)
+
+    source: Callable[[str], torch.Tensor] | None
+    dtypes: Mapping[str, str] | None
+
+
+def first_weights(config: RunConfig, stored: Stored | None) -> FirstWeights:
+    """The checkpoint of the run, ``train.init_from``, ``train.init_from_hf``, or fresh ones from ``train.seed``."""
+    if stored is not None:
+        check_same_model(
+            stored.model, config.model, f"{stored.folder / 'config.yaml'}", "use another run_dir"
+        )
+        return FirstWeights(None, stored.state.get("source_dtypes"))
+    if config.train.init_from is not None:
+        first = Stored(find(config.train.init_from))
+        where = f"{first.folder / 'config.yaml'}"
+        check_same_model(first.model, config.model, where, "make the model of this run the same")
+        return FirstWeights(first.weight, first.state.get("source_dtypes"))
+    if config.train.init_from_hf is None:
+        return FirstWeights(FreshWeights(config.model, config.train.seed), None)
+    folder = config.train.init_from_hf
+    check_same_model(
+        model_from_hf(folder), config.model, f"{folder}/config.json", f"set model_from: {folder}"
+    )
+    checkpoint = HFCheckpoint(folder)
+    checkpoint.check(config.model)
+    dtypes = {name: checkpoint.shape_and_dtype(name)[1] for name in checkpoint.files}
+    return FirstWeights(checkpoint.tensor, dtypes)
 
 
 def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
@@ -73,8 +81,11 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         if first:
             print(text, flush=True)
 
+    phase.name = "looking for a checkpoint"
+    stored = choose(folder / "checkpoints", config.checkpoint, runtime, say)
     phase.name = "building the model"
-    parts = build(config, runtime, weight_source(config))
+    first_weight = first_weights(config, stored)
+    parts = build(config, runtime, first_weight.source)
     phase.name = "opening the data"
     batch = (config.train.micro_batch_size, config.train.global_batch_size)
     # below the collectives' limit: the rank whose storage stalls speaks first, not the peers that wait for it
@@ -94,10 +105,15 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         )
         eval_feed = Feed(evaluation, runtime, BadSampleLog(str(folder / "bad_samples.jsonl"), write=first))
     meter = Meter(config, runtime, steps)
+    chosen = to_yaml(resolved(config, parts))
     if first:
-        write_resolved(folder, loaded, parts)
+        write_resolved(folder, loaded, chosen)
+    saver = Saver(folder / "checkpoints", config.checkpoint, live_parts(parts), chosen, say)
+    saver.source_dtypes = first_weight.dtypes
     say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, meter.peak)))
-    return Run(parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps)
+    return Run(
+        parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps, saver, stored
+    )
 
 
 def sample_order(config: RunConfig, loader: Loader) -> str:
@@ -109,50 +125,28 @@ def sample_order(config: RunConfig, loader: Loader) -> str:
     return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"
 
 
-def _agreed_newest(run: Run) -> Path | None:
-    """The checkpoint that rank 0 finds, the same on every rank.
-
-    Raises:
-        CheckpointError: this rank does not see it, or rank 0 finds a broken folder (raised on every rank).
-    """
-    folder = run.folder / "checkpoints"
-    checkpoint, problem = None, ""
-    if run.parts.runtime.rank == 0:
-        try:
-            checkpoint = newest(folder)
-        except CheckpointError as error:
-            problem = str(error)  # told to the others first: they would wait for ever
-    found = [checkpoint, problem]
-    dist.broadcast_object_list(found, src=0)
-    checkpoint, problem = found
-    if problem:
-        raise CheckpointError(problem)
-    if checkpoint is not None and not (checkpoint / "meta.json").is_file():
-        name = run.parts.runtime.name
-        raise CheckpointError(
-            f"{name} cannot see {checkpoint}: run_dir must be on a file system that all nodes share"
-        )
-    return checkpoint
+def live_parts(parts: Parts) -> Live:
+    """What a checkpoint holds of the parts."""
+    placement = parts.config.parallel.vision_placement
+    return Live(parts.config.model, placement, parts.runtime, parts.stages, parts.chunks, parts.optimizer)
 
 
-def write_resolved(folder: Path, loaded: LoadedRun, parts: Parts) -> None:
-    """The resolved configuration beside the run's results: ``auto`` replaced by what was chosen, and each origin."""
-    chosen = replace(
-        loaded.config,
-        parallel=replace(
-            loaded.config.parallel, device=parts.runtime.device.type, layer_backend=parts.backend.name
-        ),
-        precision=replace(
-            loaded.config.precision, params="bf16" if parts.dtype == torch.bfloat16 else "fp32"
-        ),
-    )
+def resolved(config: RunConfig, parts: Parts) -> RunConfig:
+    """The configuration with ``auto`` replaced by what was chosen."""
+    parallel = replace(config.parallel, device=parts.runtime.device.type, layer_backend=parts.backend.name)
+    params = "bf16" if parts.dtype == torch.bfloat16 else "fp32"
+    return replace(config, parallel=parallel, precision=replace(config.precision, params=params))
+
+
+def write_resolved(folder: Path, loaded: LoadedRun, chosen: str) -> None:
+    """The resolved configuration beside the run's results, and the origin of each value."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(chosen))
+    (folder / "config.yaml").write_text(chosen)
     (folder / "origins.json").write_text(json.dumps(loaded.origins, indent=1) + "\n")
 
 
 def resume(run: Run) -> Progress:
-    """Continue from the newest checkpoint of the run folder, or start at step 0.
+    """Continue from the checkpoint that was found in the run folder, or start at step 0.
 
     Raises:
         CheckpointError: the samples or their order are not those that the checkpoint was trained on.
@@ -160,16 +154,19 @@ def resume(run: Run) -> Progress:
     run.phase.name = "resuming"
     parts, loader = run.parts, run.feed.loader
     data = sample_order(parts.config, loader)
-    checkpoint = _agreed_newest(run)
     progress = Progress(0, 0, data)
-    if checkpoint is not None:
-        progress = restore(checkpoint, parts.runtime, parts.chunks, parts.optimizer)
-        if progress.data != data:
+    if run.stored is not None:
+        progress = restore(run.stored, run.saver.live, parts.config.train.seed, run.say)
+        if progress.data not in (data, ""):  # "": weights that were imported, not trained on anything here
             raise CheckpointError(
-                f"{checkpoint} was trained on {progress.data}; it is now {data}: the sample order would change "
-                "silently; use another run_dir, or the same files, data.seed and train.global_batch_size"
+                f"{run.stored.folder} was trained on {progress.data}; it is now {data}: the sample order would "
+                "change silently; use another run_dir, or the same files, data.seed and train.global_batch_size"
             )
-        run.say(f"resumed from {checkpoint}: step {progress.step}, {progress.tokens:,} tokens")
+        progress = replace(progress, data=data)
+        run.saver.last = progress
+        for change in changed_keys(run.stored.config, resolved(parts.config, parts)):
+            run.say(f"changed since the checkpoint was saved: {change}")
+        run.say(f"resumed from {run.stored.folder}: step {progress.step}, {progress.tokens:,} tokens")
     loader.seek(progress.step)
     if parts.runtime.rank == 0:
         run.file = MetricsFile(run.folder / "metrics.jsonl", progress.step)

@@ -5,28 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_vl.config.load import LoadedRun
-from megatron_vl.parallel.launch import launched, run_local
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.parallel.heartbeat import Heartbeat, Phase, slow_seconds
+from megatron_vl.parallel.launch import STOPPED, launched, read_environment, run_local
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.layout import Layout
+from megatron_vl.train.faults import StopRequest
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the run before anything is launched, then launch the ranks or be one of them."""
     arguments = parse(argv)
-    if launched():
-        from megatron_vl.parallel.runtime import read_environment
-
-        world_size = read_environment().world_size
-    else:
-        world_size = arguments.nproc
+    world_size = read_environment().world_size if launched() else arguments.nproc
     loaded = load_checked_run(arguments.config, arguments.overrides, None, world_size, to_train=True)
+    config = loaded.config
+    layout = Layout.from_config(config.parallel, world_size)
     if arguments.nproc > 1 and not launched():
-        layout = Layout.from_config(loaded.config.parallel, world_size)
-        return run_local([sys.executable, "-m", "megatron_vl", "pretrain", *argv], layout)
-    pretrain(loaded)
-    return 0
+        command = [sys.executable, "-m", "megatron_vl", "pretrain", *argv]
+        return run_local(command, layout, beats_folder(config), stop_seconds(config))
+    return pretrain(loaded, layout)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,18 +40,41 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(list(argv))
 
 
-def pretrain(loaded: LoadedRun) -> None:
-    """Be one rank of the run: start, build, resume if there is something to resume, train, stop."""
-    from megatron_vl.parallel.runtime import Phase, reported, start_from_environment
-    from megatron_vl.train.loop import train
-    from megatron_vl.train.prepare import prepare, resume
+def beats_folder(config: RunConfig) -> Path:
+    """Where the ranks say what they are doing."""
+    return Path(config.run_dir) / "ranks"
 
-    config = loaded.config
-    with start_from_environment(config.parallel, config.train.seed) as runtime:
-        phase = Phase()
-        with reported(runtime, phase):
-            run = prepare(loaded, runtime, phase)
-            progress = resume(run)
-            done = train(run, progress)
-            run.close()
-        run.say(f"done: {done.step} steps, {done.tokens:,} tokens; everything is in {run.folder}")
+
+def stop_seconds(config: RunConfig) -> float:
+    """How long the launcher waits for a run that it has asked to stop: a step, a save, and the end."""
+    return config.checkpoint.timeout_seconds + 2 * config.parallel.timeout_seconds
+
+
+def pretrain(loaded: LoadedRun, layout: Layout) -> int:
+    """Be one rank of the run: start, build, resume if there is something to resume, train, stop.
+
+    Returns the exit code: 0 at the end of the run, 75 when it was stopped and may be started again.
+    """
+    config, rank = loaded.config, read_environment().rank
+    stop, phase = StopRequest(), Phase("importing libraries")
+    stop.listen(config.train.exit_duration_minutes, speaks=rank == 0)
+    slow = slow_seconds(config.parallel)
+    with Heartbeat(beats_folder(config), layout, rank, phase, slow) as heartbeat:
+        from megatron_vl.parallel.runtime import reported, start_from_environment
+        from megatron_vl.train.loop import train
+        from megatron_vl.train.prepare import prepare, resume
+
+        phase.enter("joining the other ranks")
+        with start_from_environment(config.parallel, config.train.seed) as runtime:
+            with reported(runtime, phase, heartbeat):
+                run = prepare(loaded, runtime, phase)
+                run.stop = stop
+                try:
+                    done = train(run, resume(run))
+                finally:
+                    run.close()
+                    stop.ignore()
+                phase.enter("leaving", limit=run.step_seconds)
+            if not stop.agreed:
+                run.say(f"done: {done.step} steps, {done.tokens:,} tokens; everything is in {run.folder}")
+    return STOPPED if stop.agreed else 0

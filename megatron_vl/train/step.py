@@ -13,6 +13,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.batch import MicroBatch
@@ -26,11 +28,15 @@ SUM_AT_ONCE = 64 << 20  # elements of one all-reduce: bounds the copy that it wo
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the ``tokens`` scored tokens of the global batch. grad_norm: before clipping."""
+    """loss: mean over the ``tokens`` scored tokens of the global batch. grad_norm: before clipping.
+
+    skipped: one of the two is not finite, and the weights are what they were; the same on every rank.
+    """
 
     loss: float
     tokens: int
     grad_norm: float
+    skipped: bool = False
 
 
 def stage_inputs(batch: MicroBatch, device: torch.device) -> StageInputs:
@@ -62,8 +68,11 @@ def token_losses(
     return kept.sum(), count.to(torch.int), torch.stack([kept.detach().double().sum(), count.double()])
 
 
-def forward_step(parts: Parts, batches: Iterator[MicroBatch], model: torch.nn.Module):
+def forward_step(
+    parts: Parts, tick: Callable[[], None], batches: Iterator[MicroBatch], model: torch.nn.Module
+):
     """Megatron-Core's forward step: one micro-batch through one chunk, and what to do with its output."""
+    tick()
     inputs = stage_inputs(next(batches), parts.runtime.device)
     labels = take_local(inputs.labels, inputs.bounds, parts.runtime.groups.cp)
     return model(inputs), partial(token_losses, labels=labels)
@@ -103,16 +112,24 @@ def pieces(tensors: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.T
         yield group
 
 
+def no_tick() -> None:
+    """For callers that nobody watches."""
+
+
 def forward_backward(
-    parts: Parts, batches: Sequence[MicroBatch], forward_only: bool = False
+    parts: Parts,
+    batches: Sequence[MicroBatch],
+    forward_only: bool = False,
+    tick: Callable[[], None] = no_tick,
 ) -> tuple[float, int]:
     """Run all micro-batches of this data-parallel rank; gradients are summed, finished and divided.
 
-    Returns (loss, tokens) of the global batch, equal on every rank: mean loss over all scored tokens.
+    tick: called before each forward pass, as a sign of progress. Returns (loss, tokens) of the global batch, equal on
+    every rank: mean loss over all scored tokens.
     """
     parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
     try:
-        reports = run_schedule(parts, partial(forward_step, parts), batches, forward_only)
+        reports = run_schedule(parts, partial(forward_step, parts, tick), batches, forward_only)
     finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive
         parts.decoder_config.finalize_model_grads_func = None
     return global_loss(parts, reports)
@@ -150,31 +167,65 @@ def global_loss(parts: Parts, reports: Sequence[torch.Tensor]) -> tuple[float, i
     return loss_sum / max(count, 1.0), int(count)
 
 
-def train_step(parts: Parts, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+def train_step(
+    parts: Parts, batches: Sequence[MicroBatch], lr: float, tick: Callable[[], None] = no_tick
+) -> StepResult:
     """One optimizer step over the micro-batches of this data-parallel rank.
 
-    Raises:
-        FloatingPointError: the loss is not finite (the weights are untouched then), or the gradient norm is not.
+    When the loss or the gradient norm is not finite, on any rank, no rank changes weights, moments or step counts.
     """
     for chunk in parts.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     parts.optimizer.zero_grad()
-    loss, tokens = forward_backward(parts, batches)
-    if not math.isfinite(loss):
-        names = [name for batch in batches for name in batch.sample_ids]
-        raise FloatingPointError(f"loss {loss} over {tokens} tokens; samples on this rank: {names}")
+    loss, tokens = forward_backward(parts, batches, tick=tick)
     set_learning_rate(parts.optimizer, lr, parts.config.optim.weight_decay)
-    _, grad_norm, _ = parts.optimizer.step()
-    norm = float(grad_norm if grad_norm is not None else 0.0)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm {norm} with loss {loss}")
-    return StepResult(loss, tokens, norm)
+    loss, norm, skipped = update(parts, loss)
+    return StepResult(loss, tokens, norm, skipped)
 
 
 @torch.no_grad()
-def evaluate_loss(parts: Parts, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
+    """``MegatronOptimizer.step()`` of Megatron-Core 0.16.1 with a look before the leap: (loss, gradient norm, skipped).
+
+    The weights become equal to those of ``step()`` bit by bit. A value that is not finite on another rank is nan.
+    """
+    optimizer = parts.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    norm = norm if uncounted_are_finite(optimizer) else math.nan
+    bad = torch.tensor([not math.isfinite(loss), not math.isfinite(norm)], dtype=torch.int32)
+    bad = bad.to(parts.runtime.device)
+    dist.all_reduce(
+        bad, op=dist.ReduceOp.MAX
+    )  # a replica's norm may be its own: without the distributed optimizer
+    bad_loss, bad_norm = bad.tolist()
+    if bad_loss or bad_norm:
+        loss = math.nan if bad_loss and math.isfinite(loss) else loss
+        return loss, math.nan if bad_norm and math.isfinite(norm) else norm, True
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()  # none on a stage whose weights are all frozen
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return loss, norm, False
+
+
+def uncounted_are_finite(optimizer: MegatronOptimizer) -> bool:
+    """Whether the gradients are finite that the norm leaves out: copies that another tensor-parallel rank counts."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        counted = {id(grad) for grad in part.get_main_grads_for_grad_norm()}
+        grads = [p.grad for p in part.get_parameters() if p.grad is not None and id(p.grad) not in counted]
+        if grads and not torch.stack(torch._foreach_norm(grads)).isfinite().all():
+            return False
+    return True
+
+
+@torch.no_grad()
+def evaluate_loss(
+    parts: Parts, batches: Sequence[MicroBatch], tick: Callable[[], None] = no_tick
+) -> tuple[float, int]:
     """(mean loss, tokens) of the global batch without gradients."""
     for chunk in parts.chunks:
         chunk.eval()
-    return forward_backward(parts, batches, forward_only=True)
+    return forward_backward(parts, batches, forward_only=True, tick=tick)

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_vl.errors import ConfigError
-from megatron_vl.parallel.runtime import Environment, Phase, Runtime, read_environment, reported
+from megatron_vl.parallel.launch import Environment, read_environment
+from megatron_vl.parallel.runtime import Phase, Runtime, reported
 from megatron_vl.plan.layout import Layout
 
 VARIABLES = (

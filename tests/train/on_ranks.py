@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_vl.checkpoint.saved import Progress
+from megatron_vl.checkpoint.progress import Progress
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.data.batch import mask_documents
 from megatron_vl.data.template import NOT_SCORED
@@ -19,6 +19,7 @@ from megatron_vl.errors import MegatronVLError
 from megatron_vl.parallel.runtime import Phase, choose_device, start
 from megatron_vl.train import loop, prepare
 from megatron_vl.train.console import step_line
+from megatron_vl.train.run import Run
 from megatron_vl.train.score import score
 from megatron_vl.train.step import StepResult, forward_backward, stage_inputs, train_step
 
@@ -33,27 +34,29 @@ class Trained:
 
 
 @contextmanager
-def prepared(loaded: LoadedRun) -> Iterator[loop.Run]:
+def prepared(loaded: LoadedRun) -> Iterator[Run]:
     """A run on this rank of the world, closed at the end."""
     config = loaded.config
     runtime = start(config.parallel, config.train.seed, choose_device("cpu"))
     run = prepare.prepare(loaded, runtime, Phase())
-    yield run
-    run.close()
+    try:
+        yield run
+    finally:
+        run.close()
 
 
 def pretrain(loaded: LoadedRun) -> Trained:
     """`train.pretrain.pretrain` as far as it goes inside a world: prepare, resume, train."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, prepared(loaded) as run:
         samples: list[list[str]] = []
-        plain = run.feed.next_step
+        plain = run.feed.settle
 
-        def next_step():
-            batches = plain()
+        def settle(loaded):
+            batches = plain(loaded)
             samples.append([name for batch in batches for name in batch.sample_ids])
             return batches
 
-        run.feed.next_step = next_step
+        run.feed.settle = settle
         progress = loop.train(run, prepare.resume(run))
     return Trained(progress, samples, printed.getvalue())
 
@@ -64,22 +67,28 @@ def refused(loaded: LoadedRun, act: str = "resume") -> str:
     act: resume, train, save, or "full disk on RANK". Only for errors that all ranks raise, or that come
     before the next collective.
     """
-    with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
-        try:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
             if act in ("resume", "train"):
                 progress = prepare.resume(run)
                 if act == "train":
                     loop.train(run, progress)
             elif act == "save":
-                loop.save_now(run, Progress(1, 1))
+                save_now(run, Progress(1, 1))
             else:
                 _save_with_full_disk(run, int(act.removeprefix("full disk on ")))
-        except MegatronVLError as error:
-            return f"{type(error).__name__}: {error}"
+    except MegatronVLError as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
-def _save_with_full_disk(run: loop.Run, rank: int) -> None:
+def save_now(run: Run, progress: Progress) -> None:
+    """Save and wait for the end of it."""
+    run.saver.begin(progress)
+    run.saver.finish()
+
+
+def _save_with_full_disk(run: Run, rank: int) -> None:
     plain = torch.save
 
     def full(*args: object) -> None:
@@ -88,7 +97,7 @@ def _save_with_full_disk(run: loop.Run, rank: int) -> None:
     if run.parts.runtime.rank == rank:
         torch.save = full
     try:
-        loop.save_now(run, Progress(2, 2))
+        save_now(run, Progress(2, 2))
     finally:
         torch.save = plain
 
@@ -218,6 +227,8 @@ def measured(loaded: LoadedRun) -> Measured:
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
         batches, rank = run.feed.next_step(), run.parts.runtime.rank
         result = StepResult(loss=1.5, tokens=40, grad_norm=0.25)
-        metrics = run.meter.measure(3, 1234567, 1e-3, result, batches, 0.5 / (1 + rank), 0.01 * (1 + rank), 2)
+        metrics = run.meter.measure(
+            3, 1234567, 1e-3, result, batches, 0.5 / (1 + rank), 0.01 * (1 + rank), 2, 5
+        )
         line = step_line(metrics, run.total_steps, on_cpu=True)
     return Measured([(b.view_kinds, b.doc_lengths) for b in batches], asdict(metrics), run.meter.peak, line)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -38,13 +40,13 @@ class Command:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s\n{self.output}") from None
 
-    def wait_for(self, done: Callable[[], bool], seconds: float) -> None:
+    def wait_for(self, done: Callable[[], bool], seconds: float, pause: float = 0.1) -> None:
         """Until ``done()``; AssertionError with the output when the command ends before, or takes longer."""
         deadline = time.monotonic() + seconds
         while not done():
             assert self.process.poll() is None, f"ended with {self.process.poll()}\n{self.output}"
             assert time.monotonic() < deadline, f"nothing after {seconds} s\n{self.output}"
-            time.sleep(0.1)
+            time.sleep(pause)
 
     @property
     def stdout(self) -> str:
@@ -75,3 +77,25 @@ class Command:
 def pretrain(folder: Path, config: Path, ranks: int, *overrides: str) -> Command:
     """`python -m megatron_vl pretrain CONFIG --nproc N ...`."""
     return Command(folder, "-m", "megatron_vl", "pretrain", str(config), *overrides, "--nproc", str(ranks))
+
+
+def beat(run: Path, rank: int) -> dict[str, Any]:
+    """The heartbeat of a rank, {} before the first one."""
+    try:
+        return json.loads((run / "ranks" / f"rank_{rank:05d}.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def wait_for_phase(
+    command: Command, run: Path, phase: str, step: int, rank: int = 0, seconds: float = 240
+) -> dict:
+    """Until ``rank`` is in ``phase`` of ``step`` or a later one; its heartbeat."""
+    seen: dict[str, Any] = {}
+
+    def there() -> bool:
+        seen.update(beat(run, rank))
+        return seen.get("phase") == phase and seen["step"] >= step and seen["state"] == "running"
+
+    command.wait_for(there, seconds, pause=0.002)
+    return seen

@@ -7,7 +7,9 @@ import time
 import psutil
 import pytest
 
-from megatron_vl.parallel.launch import _watch, run_local
+from megatron_vl.parallel import launch
+from megatron_vl.parallel.beats import Beat, Seen
+from megatron_vl.parallel.launch import Launcher, blamed, run_local
 from megatron_vl.plan.layout import Layout
 from tests.train.processes import Command
 
@@ -17,6 +19,29 @@ from megatron_vl.parallel.launch import run_local
 from megatron_vl.plan.layout import Layout
 sleep = "import time; print('up', flush=True); time.sleep(600)"
 sys.exit(run_local([sys.executable, "-c", sleep], Layout(dp=2)))
+"""
+
+
+# Ranks that save for a second when they are asked to, and say so; rank 1 is a mule under "stubborn".
+RANKS = """
+import os, signal, sys, time
+def stop(number, frame):
+    time.sleep(0 if sys.argv[1] == "stubborn" and os.environ["RANK"] == "1" else 1)
+    if sys.argv[1] != "stubborn" or os.environ["RANK"] == "0":
+        print("saved", signal.Signals(number).name, flush=True)
+        os._exit(75)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
+print("up", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+FORWARDER = f"""
+import sys
+from megatron_vl.parallel import launch
+from megatron_vl.plan.layout import Layout
+launch.GRACE_SECONDS = 2.0
+sys.exit(launch.run_local([sys.executable, "-c", {RANKS!r}, sys.argv[1]], Layout(dp=2), None, 20.0))
 """
 
 
@@ -46,8 +71,70 @@ class Ended:
 def test_the_rank_that_was_killed_is_named_before_those_that_failed_because_of_it(
     capsys, codes, exit_code, named
 ):
-    assert _watch([Ended(code) for code in codes], Layout(tp=2, pp=2)) == exit_code
+    launcher = Launcher(Layout(tp=2, pp=2), None, 60.0)
+    launcher.processes = [Ended(code) for code in codes]
+    assert launcher.watch() == exit_code
     assert capsys.readouterr().err == f"{named}; stopping the other ranks\n"
+
+
+def test_a_rank_whose_own_code_failed_is_named_before_those_that_lost_it():
+    def seen(rank: int, state: str) -> Seen:
+        return Seen(Beat(rank, "", "training", 7, 0.0, "", False, state, 1, "host", 0.0), 0.0)
+
+    beats = {0: seen(0, "lost"), 1: seen(1, "failed"), 2: seen(2, "failed")}
+    assert blamed({0: 1, 1: 1, 2: 1}, beats) == 1
+    assert blamed({0: 1, 1: 1, 2: 1}, {}) == 0
+    assert blamed({0: 1, 1: 1, 3: 124}, beats) == 3
+    assert blamed({0: 1, 1: 1, 3: 124, 5: -9}, beats) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path, number):
+    command = Command(tmp_path, "-c", FORWARDER, "obedient")
+    try:
+        command.wait_for(lambda: command.stdout.count("up") == 2, 60)
+        command.process.send_signal(number)
+        assert command.wait(30) == 75
+        assert command.stdout.count(f"saved {number.name}") == 2
+        assert command.stderr == ""
+    finally:
+        command.close()
+
+
+def test_a_rank_that_does_not_stop_with_the_others_is_ended(tmp_path):
+    command = Command(tmp_path, "-c", FORWARDER, "stubborn")
+    try:
+        command.wait_for(lambda: command.stdout.count("up") == 2, 60)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(30) == 75
+        assert command.stderr == "rank 1 (dp1 pp0 cp0 tp0) does not stop\n"
+    finally:
+        command.close()
+
+
+def test_ranks_that_a_request_kills_before_they_can_listen_have_stopped(tmp_path):
+    """SIGTERM ends them by default; without a request the same end is a failure."""
+    command = Command(tmp_path, "-c", LAUNCHER)
+    try:
+        command.wait_for(lambda: command.stdout.count("up") == 2, 60)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(30) == 75 and command.stderr == ""
+    finally:
+        command.close()
+    launcher = Launcher(Layout(dp=2), None, 60.0)
+    launcher.processes = [Ended(-signal.SIGTERM), Ended(None)]
+    assert launcher.watch() == 128 + signal.SIGTERM
+
+
+def test_one_rank_that_has_stopped_stops_the_run(monkeypatch, capsys):
+    """The request reached one rank only, before the others could be told; they fail because of it, or stay."""
+    launcher = Launcher(Layout(dp=3), None, 60.0)
+    launcher.processes = [Ended(75), Ended(1), Ended(75)]
+    assert launcher.watch() == 75
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    launcher.processes = [Ended(75), Ended(1), Ended(None)]
+    assert launcher.watch() == 75
+    assert "rank 2 (dp2 pp0 cp0 tp0) does not stop" in capsys.readouterr().err
 
 
 def test_ranks_get_their_place_and_a_good_end_is_0():
@@ -60,8 +147,8 @@ def test_ranks_get_their_place_and_a_good_end_is_0():
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_launcher_takes_its_ranks_along(tmp_path, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_launcher_takes_its_ranks_along(tmp_path, number, code):
     """`timeout`, a batch system or Ctrl-C reaches the launcher only; its ranks must not train on alone."""
     command = Command(tmp_path, "-c", LAUNCHER)
     try:
@@ -70,7 +157,7 @@ def test_a_stopped_launcher_takes_its_ranks_along(tmp_path, number):
         assert len(ranks) == 2
         begin = time.monotonic()
         command.process.send_signal(number)
-        assert command.wait(30) == 130
+        assert command.wait(30) == code
         assert time.monotonic() - begin < 10
         assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     finally:

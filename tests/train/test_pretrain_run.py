@@ -21,7 +21,7 @@ RECORD = {
     "step", "loss", "grad_norm", "lr", "tokens", "text_tokens", "loss_tokens", "step_seconds",
     "data_wait_seconds", "tokens_per_second_per_gpu", "model_tflops", "mfu", "tower_share", "images",
     "crops", "memory_bytes",
-    "bad_samples", "eta_seconds", "views_of_a_replica_min", "views_of_a_replica_max",
+    "bad_samples", "skipped_steps", "eta_seconds", "views_of_a_replica_min", "views_of_a_replica_max",
 }  # fmt: skip
 
 
@@ -70,11 +70,13 @@ def test_the_console_of_a_run(first, config):
 
 def test_the_folder_of_a_run(first, config):
     run = config.with_suffix("")
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "origins.json", "metrics.jsonl", "checkpoints"}
-    assert (run / "checkpoints" / "latest").read_text() == "step_00000004"
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "origins.json", "metrics.jsonl", "checkpoints", "ranks",
+    }  # fmt: skip
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000004"
     for step in (3, 4):
         files = {p.name for p in (run / "checkpoints" / f"step_{step:08d}").iterdir()}
-        assert files == {"meta.json", *(f"rank_{rank:05d}.pt" for rank in range(4))}
+        assert files >= {"manifest.json", "state.json", "config.yaml", ".metadata"}
     records = read_lines(run / "metrics.jsonl")
     steps = [r for r in records if "loss" in r]
     assert [set(r) for r in steps] == [RECORD] * 4 and [r["step"] for r in steps] == [1, 2, 3, 4]
@@ -108,10 +110,14 @@ def test_a_run_resumes_by_itself_and_a_killed_rank_ends_it(first, config, runnin
     ranks[2].send_signal(signal.SIGKILL)
     assert command.wait(60) == 137
     assert time.monotonic() - killed < 40, "the time-out is 120 s, the grace of the launcher 15 s"
-    assert "rank 2 (dp0 pp1 cp0 tp0) was killed by SIGKILL; stopping the other ranks" in command.stderr
+    assert re.search(
+        r"^rank 2 \(dp0 pp1 cp0 tp0\) was killed by SIGKILL while [a-z ,]+ at step (\d+); stopping the other ranks$",
+        command.stderr,
+        flags=re.M,
+    )
     # Those that noticed say what they were doing.
     assert re.search(
-        r"rank [013] \(dp0 pp[01] cp0 tp[01]\) failed while (training|loading data) at step \d+: ",
+        r"rank [013] \(dp0 pp[01] cp0 tp[01]\) failed while [a-z ,]+ at step \d+: ",
         command.stderr,
     )
     assert all(
@@ -124,21 +130,3 @@ def test_a_run_resumes_by_itself_and_a_killed_rank_ends_it(first, config, runnin
     after = losses(run)
     assert {step: after[step] for step in before} == before
     assert list(after) == list(range(1, len(after) + 1)) and len(after) >= 7
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_hanging_rank_ends_the_run_after_the_time_out(running, tmp_path, rank):
-    """SIGSTOP: the process is there and silent. The others run into the time-out and say where."""
-    config = write_config(make_files(tmp_path), tmp_path / "run")
-    keys = ["parallel.timeout_seconds=20", "train.train_steps=5000"]
-    command = pretrain(tmp_path, config, 4, *LAYOUTS["tp2pp2"][1], *keys)
-    running.append(command)
-    command.wait_for(lambda: "step 3/5000" in command.stdout, START_SECONDS)
-    begin = time.monotonic()
-    command.ranks[rank].send_signal(signal.SIGSTOP)
-    assert command.wait(120) not in (0, 137)
-    assert 15 < time.monotonic() - begin < 20 + 15 + 15
-    failed = re.findall(r"rank (\d) \(dp0 pp\d cp0 tp\d\) failed while [a-z ]+ at step \d+: ", command.stderr)
-    assert failed and str(rank) not in failed
-    assert re.search(r"rank \d \(dp0 pp\d cp0 tp\d\) ended with exit code 1; stopping", command.stderr)

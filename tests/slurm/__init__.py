@@ -1,0 +1,1 @@
+"""Batch files: what they start, and one of them on a real Slurm."""

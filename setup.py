@@ -23,7 +23,7 @@ CORE = [
     "tensorstore",
     "psutil",
 ]
-TEST = ["pytest>=8"]
+TEST = ["pytest>=8", "transformers>=4.51"]
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4"],
     # The PyTorch part of Transformer Engine is compiled on the machine against its CUDA torch, so this

@@ -36,9 +36,10 @@ def main() -> int:
     from make_data import check_disjoint, make_data
     from make_data import parse_arguments as data_arguments
 
-    from megatron_vl.parallel.launch import run_local
+    from megatron_vl.parallel.launch import STOPPED, run_local
     from megatron_vl.plan.checks import load_checked_run
     from megatron_vl.plan.layout import Layout
+    from megatron_vl.train.pretrain import stop_seconds
 
     arguments, begin = parse(), time.monotonic()
     run_dir = load_checked_run(str(CONFIG), arguments.overrides, None, 4).config.run_dir
@@ -56,7 +57,11 @@ def main() -> int:
     if loaded.config.parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["QUICKSTART_OVERRIDES"] = json.dumps(data_overrides(folder) + arguments.overrides)
-    code = run_local([sys.executable, str(Path(__file__).resolve())], layout)
+    code = run_local(
+        [sys.executable, str(Path(__file__).resolve())], layout, stop_seconds=stop_seconds(loaded.config)
+    )
+    if code == STOPPED:
+        print("stopped; the same command goes on from the newest checkpoint")
     if code:
         return code
     return report(Path(run_dir), folder, loaded.config, time.monotonic() - begin, not arguments.no_checks)
@@ -72,9 +77,10 @@ def data_overrides(folder: Path) -> list[str]:
     ]
 
 
-def rank() -> None:
-    """One of the 4 ranks: score, train, score three times."""
+def rank() -> int:
+    """One of the 4 ranks: score, train, score three times. Returns its exit code, 75 when it was asked to stop."""
     from megatron_vl.data.loader import eval_loader
+    from megatron_vl.parallel.launch import STOPPED
     from megatron_vl.parallel.runtime import Phase, reported, start_from_environment
     from megatron_vl.plan.checks import load_checked_run
     from megatron_vl.train.feed import Feed, place_of
@@ -89,10 +95,11 @@ def rank() -> None:
         phase = Phase()
         with reported(runtime, phase):
             run = prepare(loaded, runtime, phase)
+            run.stop.listen(config.train.exit_duration_minutes, speaks=runtime.rank == 0)
             progress = resume(run)
 
             def score_file(name: str) -> dict[str, bool]:
-                phase.name = f"scoring {name}"
+                phase.enter(f"scoring {name}")
                 data = replace(config.data, eval=[str(Path(config.data.data_root) / name)])
                 loader = eval_loader(
                     data,
@@ -115,11 +122,13 @@ def rank() -> None:
             elif runtime.rank == 0 and before.exists():
                 results["before"] = json.loads(before.read_text())
             train(run, progress)
-            for column, name in HELDOUT.items():
-                results[column] = score_file(name)
-            if runtime.rank == 0:
-                (run.folder / "scores.json").write_text(json.dumps(results))
+            if not run.stop.agreed:
+                for column, name in HELDOUT.items():
+                    results[column] = score_file(name)
+                if runtime.rank == 0:
+                    (run.folder / "scores.json").write_text(json.dumps(results))
             run.close()
+    return STOPPED if run.stop.agreed else 0
 
 
 def report(run_dir: Path, folder: Path, config, seconds: float, check: bool) -> int:
@@ -144,6 +153,6 @@ def report(run_dir: Path, folder: Path, config, seconds: float, check: bool) -> 
 
 if __name__ == "__main__":
     if "QUICKSTART_OVERRIDES" in os.environ and "RANK" in os.environ:
-        rank()
+        sys.exit(rank())
     else:
         sys.exit(main())

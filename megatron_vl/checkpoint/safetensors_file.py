@@ -24,8 +24,9 @@ from megatron_vl.errors import CheckpointError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the library's own limit
-# Written values go to the disk, and out of the page cache, after so many bytes. Fresh cache pages for a whole big file
-# cost more than all else (2 s per GB against 0.3 s, on a virtual machine), and push out what others have cached.
+# Written values go to the disk, and out of the page cache, after so many bytes: a big file does not push out what
+# others have cached, and pages are used again. (Writing into pages that the machine had not used yet took 2 s of
+# system time per GB, later writes 0.3 s; one try on a virtual machine, so the cause is a guess.)
 FLUSH_BYTES = 128 << 20
 METADATA = "__metadata__"
 

@@ -197,8 +197,9 @@ class Stored:
 
     def _chunk(self, key: str, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         """The values of one chunk; the last one is kept, since neighbours are often read after each other."""
-        if self._last is not None and self._last[0] == chunk:
-            return self._last[1]
+        last = self._last  # read once: other threads may replace it
+        if last is not None and last[0] == chunk:
+            return last[1]
         path = self.folder / chunk.file
         try:
             with path.open("rb") as file:

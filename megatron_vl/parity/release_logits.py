@@ -306,8 +306,9 @@ def _on_rank(
         build(config, runtime, HFCheckpoint(directory).tensor, with_optimizer=False).chunks[0].module.eval()
     )
     kept: list[torch.Tensor] = []
+    # a copy: the cross-entropy works in place on fp32 logits
     model.language_model.output_layer.register_forward_hook(
-        lambda module, args, output: kept.append(output[0][:, 0])
+        lambda module, args, output: kept.append(output[0][:, 0].clone())
     )
     results = []
     for batch, file in jobs:

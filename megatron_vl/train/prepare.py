@@ -27,13 +27,14 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
 from megatron_vl.data.loader import Loader, eval_loader, train_loader
 from megatron_vl.errors import CheckpointError
-from megatron_vl.parallel.runtime import Phase, Runtime
+from megatron_vl.parallel.heartbeat import Phase
+from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.budget import total_steps
 from megatron_vl.train.build import Parts, build
 from megatron_vl.train.console import startup_report
 from megatron_vl.train.feed import Feed, place_of
-from megatron_vl.train.loop import Run
 from megatron_vl.train.metrics import Meter, MetricsFile
+from megatron_vl.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         if first:
             print(text, flush=True)
 
-    phase.name = "looking for a checkpoint"
+    phase.enter("looking for a checkpoint")
     stored = choose(folder / "checkpoints", config.checkpoint, runtime, say)
-    phase.name = "building the model"
+    phase.enter("building the model")
     first_weight = first_weights(config, stored)
     parts = build(config, runtime, first_weight.source)
-    phase.name = "opening the data"
+    phase.enter("opening the data")
     batch = (config.train.micro_batch_size, config.train.global_batch_size)
     # below the collectives' limit: the rank whose storage stalls speaks first, not the peers that wait for it
     place, timeout = place_of(runtime), 0.8 * config.parallel.timeout_seconds
@@ -151,7 +152,7 @@ def resume(run: Run) -> Progress:
     Raises:
         CheckpointError: the samples or their order are not those that the checkpoint was trained on.
     """
-    run.phase.name = "resuming"
+    run.phase.enter("resuming")
     parts, loader = run.parts, run.feed.loader
     data = sample_order(parts.config, loader)
     progress = Progress(0, 0, data)

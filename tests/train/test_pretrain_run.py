@@ -62,7 +62,7 @@ def test_the_console_of_a_run(first, config):
         "4",
     ]
     run = config.with_suffix("")
-    saved = [f"saved {run}/checkpoints/step_{step:08d} in " for step in (3, 4)]
+    saved = [f"saved {run}/checkpoints/step_{step:08d} (step {step}, " for step in (3, 4)]
     assert all(line in text for line in saved)
     assert text.rstrip().endswith(f"done: 4 steps, {4 * TOKENS_PER_STEP:,} tokens; everything is in {run}")
     assert "Traceback" not in first.stderr and "Warning" not in first.stderr, first.stderr

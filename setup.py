@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent
 CORE = [
     "megatron-core==0.16.1",
     "torch>=2.11",
-    "numpy",
+    "numpy>=2",
     "pillow>=10.1",
     "pyyaml",
     "safetensors",
@@ -30,6 +30,8 @@ EXTRAS = {
     # extra is for GPU machines only: with it present and no GPU, `import megatron.core` fails.
     "cuda": ["transformer-engine[core_cu13,pytorch]==2.11.0"],
     "rl": ["math-verify", "shapely"],
+    "curate": ["opencv-python-headless>=5"],
+    "parquet": ["pyarrow>=15"],
     "test": TEST,
     "dev": TEST + ["ruff"],
 }
@@ -58,7 +60,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_vl", "megatron_vl.*"]),
-    package_data={"megatron_vl": ["**/*.yaml", "**/*.jinja"]},
+    package_data={"megatron_vl": ["**/*.yaml", "**/*.jinja", "**/*.json"]},
     python_requires=">=3.11,<3.13",
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -148,11 +148,5 @@ def logits_on_rank(model: ModelConfig, directory: Path, batches: list[MicroBatch
     device = choose_device("cpu")
     runtime = start(config.parallel, 1, device)
     chunk = build(config, runtime, HFCheckpoint(directory).tensor, with_optimizer=False).chunks[0].module
-    seen: list[torch.Tensor] = []
-    chunk.language_model.output_layer.register_forward_hook(
-        lambda _, args, output: seen.append(output[0].clone())
-    )
     with torch.no_grad():
-        for batch in batches:
-            chunk(stage_inputs(batch, device))
-    return [logits[:, 0] for logits in seen]
+        return [chunk.logits(stage_inputs(batch, device))[:, 0].clone() for batch in batches]

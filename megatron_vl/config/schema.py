@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vl.config.key import key
+from megatron_vl.config.mixture import DomainConfig, MixturePhase, PackingConfig
 from megatron_vl.config.model import ModelConfig
 
 
@@ -113,6 +114,9 @@ class DataConfig:
     max_image_pixels: int = key("images with more pixels are refused unread", 178_956_970, at_least=1)
     num_workers: int = key("loading processes per rank; 0 = load in the training process", 1, at_least=0)
     prefetch: int = key("micro-batches that each worker prepares ahead", 2, at_least=1)
+    domains: list[DomainConfig] = key("domains of the training data; empty = data.train is one", factory=list)
+    mixture: list[MixturePhase] = key("phases of the mixture; empty = one without end", factory=list)
+    packing: PackingConfig = key("several documents in one row", factory=PackingConfig)
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,9 @@ class TrainConfig:
     init_from_hf: str | None = key("folder in the released layout to take the first weights from", None)
     init_from: str | None = key("checkpoint, or folder of a run, to take the first weights from", None)
     log_interval: int = key("steps between console lines", 1, at_least=1)
+    loss_chunk_tokens: int | None = key(
+        "tokens whose logits the loss holds at once; none = as many as fit 256 MiB in fp32", None, at_least=1
+    )
     exit_duration_minutes: float | None = key(
         "minutes after its start at which a process saves, ends with code 75 and can be started again; none = no "
         "limit",
@@ -175,7 +182,9 @@ class TrainConfig:
         above=0,
     )
     max_skipped_steps: int = key(
-        "steps in a row whose loss or gradient may be infinite or not a number; they are skipped", 10, at_least=0
+        "steps in a row whose loss or gradient may be infinite or not a number; they are skipped",
+        10,
+        at_least=0,
     )
 
 

@@ -25,9 +25,10 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
+from megatron_vl.data.sources.locator import FileSlice
 from megatron_vl.errors import ImageRefused
 
-ImageSource = str | os.PathLike | bytes
+ImageSource = str | os.PathLike | bytes | FileSlice
 
 REASONS = {
     "remote": "a URL; only local files are read",
@@ -97,6 +98,8 @@ def open_source(source: ImageSource) -> BinaryIO:
 
     Errors: `ImageRefused` `missing`, `not_a_file`, `unreadable`, `bad_path`, `empty`.
     """
+    if isinstance(source, FileSlice):
+        return source.open()
     if isinstance(source, bytes):
         if not source:
             raise ImageRefused("empty", "0 bytes")

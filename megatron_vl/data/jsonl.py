@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_vl.data.sample import Sample, parse_sample
 from megatron_vl.errors import DataError
 
 _CHUNK_BYTES = 1 << 24
@@ -28,6 +29,10 @@ class RawLine:
     def default_id(self) -> str:
         """The id of a sample that brings none."""
         return f"{os.path.basename(self.source)}:{self.line}"
+
+    def parse(self) -> Sample:
+        """The sample of the line. Raises SampleRefused: see `parse_sample`."""
+        return parse_sample(self.data, self.default_id)
 
 
 class JsonlSource:

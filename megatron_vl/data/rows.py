@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -18,9 +17,11 @@ from megatron_vl.data.bad_samples import BadSample, SampleRefused
 from megatron_vl.data.batch import FailedView, MicroBatch, Row, check_image_slots, empty_row
 from megatron_vl.data.crops import CropPlan, CropRule
 from megatron_vl.data.decode import DecodeRule, PillowBackend
-from megatron_vl.data.image_checks import resolve_under
+from megatron_vl.data.image_checks import ImageSource, resolve_under
 from megatron_vl.data.jsonl import RawLine
-from megatron_vl.data.sample import Sample, parse_sample
+from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.locator import LocatedImage
+from megatron_vl.data.sources.record import TokenSample
 from megatron_vl.data.template import Template
 from megatron_vl.data.tokenizer import load_tokenizer
 from megatron_vl.errors import ImageRefused
@@ -30,10 +31,11 @@ from megatron_vl.errors import ImageRefused
 class PlannedImage:
     """One image of a row: the file and its views. sample_id, source, line: in case that decoding fails."""
 
-    path: Path
+    name: str
+    source: ImageSource
     plan: CropPlan
     sample_id: str
-    source: str
+    file: str
     line: int
 
 
@@ -60,10 +62,15 @@ class RowBuilder:
         """
         sample_id = raw.default_id
         try:
-            sample = parse_sample(raw.data, raw.default_id)
+            sample = raw.parse()
             sample_id = sample.id
-            images = self._plan_images(sample, raw)
-            ids, labels = self.template.render(sample, [image.plan for image in images])
+            if isinstance(sample, TokenSample):
+                if len(sample.ids) < 2:
+                    raise SampleRefused("no_loss_tokens", f"{len(sample.ids)} token: none has a next one")
+                images, ids, labels = [], sample.ids, sample.ids
+            else:
+                images = self._plan_images(sample, raw)
+                ids, labels = self.template.render(sample, [image.plan for image in images])
             if len(ids) > self.data.seq_length:
                 raise SampleRefused(
                     "too_long", f"{len(ids)} tokens, data.seq_length = {self.data.seq_length}"
@@ -82,11 +89,12 @@ class RowBuilder:
         planned = []
         for image in sample.images:
             try:
-                path = resolve_under(self.data.data_root, image.path)
-                plan = self.images.plan(self.images.header(path).size)
+                located = isinstance(image, LocatedImage)
+                source = image.bytes_at if located else resolve_under(self.data.data_root, image.path)
+                plan = self.images.plan(self.images.header(source).size)
             except ImageRefused as refusal:
                 raise SampleRefused(refusal.reason, _named(image.path, refusal)) from refusal
-            planned.append(PlannedImage(path, plan, sample.id, raw.source, raw.line))
+            planned.append(PlannedImage(image.path, source, plan, sample.id, raw.source, raw.line))
         return planned
 
     def with_pixels(
@@ -121,7 +129,7 @@ class RowBuilder:
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], ImageRefused | None]:
         """(global [0 or 1, 3, G, G], crops [n, 3, C, C]) and why they are zeros, if they are."""
         try:
-            return self.images.views(image.path, image.plan, crops=crops, with_global=with_global), None
+            return self.images.views(image.source, image.plan, crops=crops, with_global=with_global), None
         except ImageRefused as refusal:
             large, small = self.images.crop_rule.global_size, self.images.crop_rule.crop_size
             return (
@@ -131,8 +139,8 @@ class RowBuilder:
 
 
 def _record(image: PlannedImage, refusal: ImageRefused) -> BadSample:
-    detail = _named(str(image.path), refusal)
-    return BadSample(image.sample_id, image.source, image.line, refusal.reason, detail)
+    detail = _named(image.name, refusal)
+    return BadSample(image.sample_id, image.file, image.line, refusal.reason, detail)
 
 
 def _named(path: str, refusal: ImageRefused) -> str:

@@ -78,7 +78,9 @@ class TorchCoreAttention(torch.nn.Module):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         assert diagonal is None or k.shape[2] == diagonal + q.shape[2]
         mask = None
-        if diagonal:  # a chunk behind the first, under context parallelism: causal from the lower right corner
+        if (
+            diagonal
+        ):  # a chunk behind the first, under context parallelism: causal from the lower right corner
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(diagonal)
         out = torch.nn.functional.scaled_dot_product_attention(
             q,

@@ -17,8 +17,10 @@ from megatron_vl.model.backend import Backend, block_spec, layer_spec
 from megatron_vl.model.fusion import feature_slots, put_features
 from megatron_vl.model.projector import Projector
 from megatron_vl.model.vision_encoder import VisionEncoder
+from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
 from megatron_vl.parallel.context_parallel import gather_features, held_positions, take_local
 from megatron_vl.parallel.groups import Groups
+from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL, gathered_order, share_views
 
@@ -54,7 +56,9 @@ class Step3VL(MegatronModule):
         backend: Backend,
         groups: Groups,
         vp_stage: int | None,
+        loss_chunk: int | None = None,
     ) -> None:
+        """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice."""
         super().__init__(decoder)
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
         self.pre_process, self.post_process = stage.has_embedding, stage.has_head
@@ -81,6 +85,11 @@ class Step3VL(MegatronModule):
             vp_stage=vp_stage,
         )
         self.model_type = self.language_model.model_type
+        self.head: HeadShard | None = None
+        if stage.has_head:
+            words = self.language_model.output_layer.output_size_per_partition
+            chunk = loss_chunk_tokens(words, loss_chunk)
+            self.head = HeadShard(model.text.vocab_size, groups.tp, decoder.sequence_parallel, chunk)
         self._mask_padded_vocab()
         self._freeze()
 
@@ -125,17 +134,36 @@ class Step3VL(MegatronModule):
         """Called by the pipeline schedules with the activation of the previous stage."""
         self.language_model.set_input_tensor(input_tensor)
 
-    def forward(self, inputs: StageInputs) -> torch.Tensor:
-        """Hidden states ``[S / cp (/ tp), b, h]``, on the last stage per-token losses ``[b, S / cp]`` fp32."""
+    def forward(self, inputs: StageInputs, scoring: Scoring | None = None) -> torch.Tensor | TokenScores:
+        """Hidden states ``[S / cp (/ tp), b, h]``, on the last stage per-token losses ``[b, S / cp]`` fp32.
+
+        With ``scoring`` the last stage returns the losses and what is asked for beside them.
+        """
+        hidden = self._hidden_states(inputs)
+        if self.head is None:
+            return hidden
         labels = take_local(inputs.labels, inputs.bounds, self.groups.cp)
-        return self.language_model(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=self._embed(inputs) if self.pre_process else None,
-            labels=labels.clamp(min=0) if self.post_process else None,
-            packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
-        )
+        weight = self.language_model.output_layer.weight
+        scores = score_tokens(hidden, weight, labels, self.head, scoring or Scoring())
+        return scores.losses if scoring is None else scores
+
+    def logits(self, inputs: StageInputs) -> torch.Tensor:
+        """Whole logits of a last stage, ``[S / cp, b, vocabulary / tp]``: for checks of short rows."""
+        return self.language_model.output_layer(self._hidden_states(inputs))[0]
+
+    def _hidden_states(self, inputs: StageInputs) -> torch.Tensor:
+        """``[S / cp (/ tp), b, h]`` after this stage's layers, on the last stage after the final norm too."""
+        whole, self.language_model.post_process = self.language_model.post_process, False
+        try:  # Megatron-Core's model stops before its head, which would make all logits at once
+            return self.language_model(
+                input_ids=None,
+                position_ids=None,
+                attention_mask=None,
+                decoder_input=self._embed(inputs) if self.pre_process else None,
+                packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
+            )
+        finally:
+            self.language_model.post_process = whole
 
     def _embed(self, inputs: StageInputs) -> torch.Tensor:
         """Token embeddings of this rank's positions with image features put in: ``[S / cp (/ tp), b, h]``."""

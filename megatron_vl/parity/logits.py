@@ -83,16 +83,10 @@ def logits_on_rank(folder: Path) -> list[torch.Tensor]:
     weights = source.weights
     parts = build(config, runtime, lambda name: weights[name].read(), with_optimizer=False)
     chunk = parts.chunks[0].module.eval()
-    kept: list[torch.Tensor] = []
-    # a copy: Megatron-Core's cross-entropy, which follows, works in place and leaves probabilities there
-    chunk.language_model.output_layer.register_forward_hook(
-        lambda _, args, output: kept.append(output[0].clone())
-    )
     batches = example_batches(model)
-    for batch in batches:
-        chunk(stage_inputs(batch, device))
+    whole = [chunk.logits(stage_inputs(batch, device)) for batch in batches]
     return [
-        logits[:length, 0].float() for logits, batch in zip(kept, batches) for length in batch.doc_lengths
+        logits[:length, 0].float() for logits, batch in zip(whole, batches) for length in batch.doc_lengths
     ]
 
 

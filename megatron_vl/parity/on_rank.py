@@ -106,7 +106,7 @@ def _record(parts: Parts, seen: Seen) -> None:
         for layer, number in zip(model.language_model.decoder.layers, stage.layers):
             _record_rows(seen, layer, f"hidden{number}")
         if model.post_process:
-            _record_rows(seen, model.language_model.output_layer, "logits")
+            _record_logits(seen, model.language_model)
             _record_rows(seen, model, "ce")
 
 
@@ -139,6 +139,17 @@ def _record_vision(model: torch.nn.Module, seen: Seen) -> None:
     vision.vit_downsampler1.register_forward_hook(keep("down1"))
     vision.register_forward_hook(keep("down2"))
     model.projector.register_forward_hook(keep("projected"))
+
+
+def _record_logits(seen: Seen, language_model: torch.nn.Module) -> None:
+    """The loss never has all logits: they are computed beside it, by Megatron-Core's own head."""
+    _record_rows(seen, language_model.output_layer, "logits")
+
+    @torch.no_grad()
+    def hook(module, args, output):
+        language_model.output_layer(output)
+
+    language_model.decoder.register_forward_hook(hook)
 
 
 def _record_rows(seen: Seen, module: torch.nn.Module, name: str, of_input: bool = False) -> None:

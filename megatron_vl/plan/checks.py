@@ -10,6 +10,7 @@ from megatron_vl.config.load import LoadedRun, load_run
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vl.errors import Problem
+from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
 from megatron_vl.plan.sequence import row_multiple
 from megatron_vl.plan.stages import check_stages
@@ -42,6 +43,10 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
     return [
         *check_model(config.model),
         *check_layout(config.model, config.parallel, config.train, config.data, world_size),
+        *check_mixture(config.data.domains, config.data.mixture),
+        *check_packing(
+            config.data.packing, config.parallel, config.data.seq_length, config.train.micro_batch_size
+        ),
         *_device(config),
         *_length_and_schedule(config),
     ]
@@ -69,7 +74,12 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
     """What a training run needs beyond a possible layout: token ids, data, learning rate. Reads the disk."""
     data, train = config.data, config.train
     needed = (
-        ("data.train", data.train, "no training data", "list at least one JSONL file"),
+        (
+            "data.train",
+            data.train or data.domains,
+            "no training data",
+            "list at least one JSONL file, or domains",
+        ),
         ("data.tokenizer", data.tokenizer, "no tokenizer", "give a tokenizer.json or a SentencePiece .model"),
         ("schedule.phases", config.schedule.phases, "no learning rate", "give at least one phase"),
     )
@@ -91,6 +101,18 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
         for path, file in files
         if not Path(file).is_file()
     ]
+    problems += [
+        Problem(f"data.domains[{number}].paths", path, "no such file or folder", "correct the path")
+        for number, domain in enumerate(data.domains)
+        for path in domain.paths
+        if not Path(path).exists()
+    ]
+    if data.train and data.domains:
+        problems.append(
+            Problem(
+                "data.train", data.train, "stands beside data.domains", "make its files a domain, or empty it"
+            )
+        )
     folders = {
         "data.data_root": data.data_root,
         "train.init_from_hf": train.init_from_hf,

@@ -58,8 +58,11 @@ def build(
     decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
+    loss_chunk = config.train.loss_chunk_tokens
     bare = [
-        Step3VL(model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None)
+        Step3VL(
+            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, loss_chunk
+        )
         for i, stage in enumerate(mine)
     ]
     for chunk in bare:

@@ -10,8 +10,8 @@ from megatron_vl.plan.report import flop_lines, layout_lines, parameter_lines, s
 from megatron_vl.train.metrics import StepMetrics
 
 
-def step_line(m: StepMetrics, total_steps: int, on_cpu: bool) -> str:
-    """``step 12/300 | loss ...``: everything a step did, on one line."""
+def step_line(m: StepMetrics, total_steps: int, on_cpu: bool, planned: bool = False) -> str:
+    """``step 12/300 | loss ...``: everything a step did, on one line. planned: rows follow a data plan."""
     return " | ".join(
         [
             f"step {m.step}/{total_steps}",
@@ -23,6 +23,7 @@ def step_line(m: StepMetrics, total_steps: int, on_cpu: bool) -> str:
             f"{m.model_tflops:.3g} TFLOP/s",
             f"MFU {m.mfu:.1%}{' of GEMM' if on_cpu else ''}",
             f"{m.images} img {m.crops} crops",
+            *([f"rows {m.rows_filled:.1%} full, work x{m.work_balance:.2f}"] if planned else []),
             f"mem {m.memory_bytes / 2**30:.2f} GiB",
             f"wait {m.data_wait_seconds * 1e3:.0f} ms",
             *([f"bad {m.bad_samples}"] if m.bad_samples else []),

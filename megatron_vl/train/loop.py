@@ -9,6 +9,7 @@ from dataclasses import replace
 from megatron_vl.checkpoint.progress import Progress
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.data.training import is_planned
 from megatron_vl.errors import DataError
 from megatron_vl.optim.schedule import learning_rate
 from megatron_vl.plan.budget import tokens_per_step
@@ -92,7 +93,8 @@ def report(
     if run.file:
         run.file.write(metrics)
     if progress.step % config.train.log_interval == 0 or progress.step == run.total_steps:
-        run.say(step_line(metrics, run.total_steps, run.parts.runtime.device.type == "cpu"))
+        on_cpu = run.parts.runtime.device.type == "cpu"
+        run.say(step_line(metrics, run.total_steps, on_cpu, is_planned(config.data)))
 
 
 def nothing_scored(run: Run, step: int) -> DataError:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.runtime import Runtime
+from megatron_vl.plan.budget import tokens_per_step
 from megatron_vl.plan.cost import peak_flops, sample_flops, tower_and_decoder, train_flops
 from megatron_vl.train.step import StepResult
 
@@ -27,7 +28,9 @@ class StepMetrics:
     tokens: consumed row tokens (padding included), which drive the schedule. text_tokens: real tokens of this
     step. loss, grad_norm: null in the file when not finite. skipped_steps: how many such steps there were up to now.
     tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no recomputation) per
-    second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start.
+    second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start. rows_filled: share of
+    the row tokens that are real. vision_balance, work_balance: FLOPs of the tower, and all, of the data-parallel rank
+    that has most, over their mean.
     """
 
     step: int
@@ -43,6 +46,9 @@ class StepMetrics:
     model_tflops: float
     mfu: float
     tower_share: float
+    rows_filled: float
+    vision_balance: float
+    work_balance: float
     images: int
     crops: int
     views_of_a_replica_min: int
@@ -76,20 +82,24 @@ class Meter:
         dist.all_reduce(sums, group=self.runtime.groups.dp)
         views = counts[1] + counts[2]
         worst = torch.tensor(
-            [waited, memory_in_use(self.runtime.device), seconds, views, -views],
+            [waited, memory_in_use(self.runtime.device), seconds, views, -views, tower, tower + decoder],
             dtype=torch.float64, device=self.runtime.device,
         )  # fmt: skip
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         tower, decoder, text_tokens, images, crops = sums.tolist()
-        waited, memory, seconds, most_views, fewest_views = worst.tolist()
+        waited, memory, seconds, most_views, fewest_views, most_tower, most_work = worst.tolist()
         self._recent = [*self._recent[-19:], seconds]
-        ranks = self.runtime.layout.world_size
+        ranks, dp = self.runtime.layout.world_size, self.runtime.layout.dp
         rate = (tower + decoder) / seconds / ranks
         return StepMetrics(
             step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr, tokens=tokens,
             text_tokens=int(text_tokens), loss_tokens=result.tokens, step_seconds=seconds, data_wait_seconds=waited,
             tokens_per_second_per_gpu=text_tokens / seconds / ranks, model_tflops=rate / 1e12, mfu=rate / self.peak,
-            tower_share=tower / max(tower + decoder, 1.0), images=int(images), crops=int(crops),
+            tower_share=tower / max(tower + decoder, 1.0),
+            rows_filled=text_tokens / tokens_per_step(self.config),
+            vision_balance=most_tower * dp / tower if tower else 1.0,
+            work_balance=most_work * dp / (tower + decoder) if tower + decoder else 1.0,
+            images=int(images), crops=int(crops),
             views_of_a_replica_min=-int(fewest_views), views_of_a_replica_max=int(most_views),
             memory_bytes=int(memory), bad_samples=bad_samples, skipped_steps=skipped_steps,
             eta_seconds=(self.total_steps - step) * sorted(self._recent)[len(self._recent) // 2],

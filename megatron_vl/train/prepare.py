@@ -25,7 +25,8 @@ from megatron_vl.config.load import LoadedRun
 from megatron_vl.config.same_model import check_same_model
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
-from megatron_vl.data.loader import Loader, eval_loader, train_loader
+from megatron_vl.data.loader import eval_loader
+from megatron_vl.data.training import sample_order, training_loader
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.runtime import Runtime
@@ -92,8 +93,8 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     # below the collectives' limit: the rank whose storage stalls speaks first, not the peers that wait for it
     place, timeout = place_of(runtime), 0.8 * config.parallel.timeout_seconds
     steps = total_steps(config)
-    loader = train_loader(config.data, config.model, place, *batch, num_steps=steps, timeout_seconds=timeout)
     log = BadSampleLog(str(folder / "bad_samples.jsonl"), write=first)
+    loader = training_loader(config, place, steps, timeout, log, first, say)
     eval_feed = None
     if config.train.eval_interval:
         evaluation = eval_loader(
@@ -115,15 +116,6 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     return Run(
         parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps, saver, stored
     )
-
-
-def sample_order(config: RunConfig, loader: Loader) -> str:
-    """What decides which samples step k trains on; it must not change when a run is resumed."""
-    files = [
-        f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)"
-        for f in loader.micro_batches.source.describe()
-    ]
-    return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"
 
 
 def live_parts(parts: Parts) -> Live:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.ops.cross_entropy import Scoring, TokenScores
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
 from megatron_vl.train.feed import Feed
@@ -39,8 +40,7 @@ def score(parts: Parts, feed: Feed) -> dict[str, bool]:
 def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
     """One step's samples; empty on all but the last stage's first rank of each replica."""
     groups = parts.runtime.groups
-    with _Predictions(parts) as predictions:
-        wrong = run_schedule(parts, partial(_forward, parts, predictions), batches, forward_only=True)
+    wrong = run_schedule(parts, partial(_forward, parts), batches, forward_only=True)
     if not parts.runtime.is_last_stage:
         return {}
     counts = torch.stack(wrong)
@@ -54,48 +54,13 @@ def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
     return found
 
 
-def _forward(parts: Parts, predictions: _Predictions, batches, model: torch.nn.Module):
+def _forward(parts: Parts, batches, model: torch.nn.Module):
     inputs = stage_inputs(next(batches), parts.runtime.device)
     assert inputs.bounds is None, "scoring takes dense rows: one sample each"
     labels = take_local(inputs.labels, None, parts.runtime.groups.cp)
 
-    def misses(losses: torch.Tensor):
-        wrong = (predictions.newest() != labels) & (labels != -100)
-        return losses.sum(), (labels != -100).sum().to(torch.int), wrong.sum(dim=1)
+    def misses(scores: TokenScores):
+        wrong = (scores.best != labels) & (labels != -100)
+        return scores.losses.sum(), (labels != -100).sum().to(torch.int), wrong.sum(dim=1)
 
-    return model(inputs), misses
-
-
-class _Predictions:
-    """Most probable token per position, taken from the head's output while the scope is open."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self._value: torch.Tensor | None = None
-        self._hook = None
-
-    def newest(self) -> torch.Tensor:
-        """int64 ``[b, S / cp]`` of the micro-batch that just left the head."""
-        return self._value
-
-    def __enter__(self) -> _Predictions:
-        head = self.parts.chunks[-1].module.language_model
-        if self.parts.stages[-1].has_head:
-            self._hook = head.output_layer.register_forward_hook(self._take)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _take(self, module: torch.nn.Module, inputs, output) -> None:
-        """Logits come as ``[S / cp, b, vocabulary / tp]``: the best of each shard, then the best of the shards."""
-        logits, tp = output[0].float(), self.parts.runtime.groups.tp
-        best, token = logits.max(dim=-1)
-        token = token + tp.rank() * logits.shape[-1]
-        pair = torch.stack([best.double(), token.double()])
-        pairs = torch.empty((tp.size() * 2, *best.shape), dtype=pair.dtype, device=pair.device)
-        dist.all_gather_into_tensor(pairs, pair, group=tp)
-        pairs = pairs.view(tp.size(), *pair.shape)
-        winner = pairs[:, 0].argmax(dim=0, keepdim=True)
-        self._value = pairs[:, 1].gather(0, winner)[0].long().transpose(0, 1)
+    return model(inputs, Scoring(best=True)), misses

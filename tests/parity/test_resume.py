@@ -1,6 +1,7 @@
 """tools/check_resume.py: representative pairs of layouts, the whole matrix marked slow, and that it finds faults."""
 
 import importlib.util
+import json
 import math
 import subprocess
 import sys
@@ -90,3 +91,24 @@ def test_the_tool_reports_and_refuses(tool, tmp_path):
         )
         assert done.returncode == 2 and why in done.stderr
     assert BEFORE == 4
+
+
+def test_packed_rows_of_a_mixture_go_on_in_another_layout(world, tool, tmp_path):
+    """The plan of rows does not depend on the layout: same documents in every step, same curve."""
+    keys = tool.draw_data(tmp_path / "data")
+    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data" / "text.jsonl").write_text("".join(line for line in lines if "images/" not in line))
+    domains = (
+        f"{{name: all, paths: [{tmp_path}/data/train.jsonl], weight: 2}}, "
+        f"{{name: text, paths: [{tmp_path}/data/text.jsonl], weight: 1, modality: text}}"
+    )
+    packing = "data.packing={enabled: true, pad_multiple: 16, look_ahead_rows: 16, index_workers: 0}"
+    packed = (
+        *tool.OVERRIDES, *keys, "data.train=[]", f"data.domains=[{domains}]", packing, "data.seq_length=160",
+    )  # fmt: skip
+    matrix = Matrix(world, tool.CONFIG, tmp_path, packed)
+    row = matrix.compare("dp2cp2", "dp4tp2sp")
+    assert_ok(row)
+    plan = json.loads((tmp_path / "dp2cp2" / "data_plan.json").read_text())
+    assert plan["steps"] == 9 and plan["phases"][0]["efficiency"] > 0.8
+    assert [d["name"] for d in plan["phases"][0]["domains"]] == ["all", "text"]

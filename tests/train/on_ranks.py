@@ -109,13 +109,12 @@ def greedy(loaded: LoadedRun) -> dict[str, list[int]]:
     """
     guesses: dict[str, list[int]] = {}
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
-        model, logits = run.parts.chunks[0].module.eval(), []
-        model.language_model.output_layer.register_forward_hook(lambda m, i, output: logits.append(output[0]))
+        model = run.parts.chunks[0].module.eval()
         for batches in run.eval_feed.loader:
             for batch in batches:
                 with torch.no_grad():
-                    model(stage_inputs(batch, torch.device("cpu")))
-                best = logits.pop().transpose(0, 1).argmax(dim=-1)
+                    logits = model.logits(stage_inputs(batch, torch.device("cpu")))
+                best = logits.transpose(0, 1).argmax(dim=-1)
                 for row, name in enumerate(batch.sample_ids):
                     if name:
                         guesses[name] = best[row][batch.labels[row] != NOT_SCORED].tolist()

@@ -9,7 +9,7 @@ from megatron_vl.plan.vision_share import CROP, GLOBAL
 from megatron_vl.train.console import clock, human
 from megatron_vl.train.metrics import MetricsFile
 from tests.train import on_ranks
-from tests.train.tiny_run import LAYOUTS, load, losses, make_files, read_lines, write_config
+from tests.train.tiny_run import LAYOUTS, TOKENS_PER_STEP, load, losses, make_files, read_lines, write_config
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,17 @@ def test_a_record_is_consistent_with_the_cost_model(world, data, tmp_path, layou
     assert tower > 0 and decoder > 0
     assert record["model_tflops"] * 1e12 * record["step_seconds"] * size == pytest.approx(tower + decoder)
     assert record["tower_share"] == pytest.approx(tower / (tower + decoder))
+    towers, works = [], []
+    for rank in replicas:
+        of_rank = [
+            tower_and_decoder(train_flops(loaded.config.model, sample_flops(loaded.config.model, *views)))
+            for views in rank.views
+        ]
+        towers.append(sum(t for t, _ in of_rank))
+        works.append(sum(t + d for t, d in of_rank))
+    assert record["vision_balance"] == pytest.approx(max(towers) * len(towers) / sum(towers))
+    assert record["work_balance"] == pytest.approx(max(works) * len(works) / sum(works))
+    assert record["rows_filled"] == pytest.approx(record["text_tokens"] / TOKENS_PER_STEP)
     assert (
         record["mfu"] == pytest.approx(record["model_tflops"] * 1e12 / ranks[0].peak) and ranks[0].peak > 1e9
     )

@@ -19,7 +19,8 @@ START_SECONDS = 240.0
 FIRST = ["train.train_steps=4", "checkpoint.save_interval=3", "data.num_workers=1"]
 RECORD = {
     "step", "loss", "grad_norm", "lr", "tokens", "text_tokens", "loss_tokens", "step_seconds",
-    "data_wait_seconds", "tokens_per_second_per_gpu", "model_tflops", "mfu", "tower_share", "images",
+    "data_wait_seconds", "tokens_per_second_per_gpu", "model_tflops", "mfu", "tower_share",
+    "rows_filled", "vision_balance", "work_balance", "images",
     "crops", "memory_bytes",
     "bad_samples", "skipped_steps", "eta_seconds", "views_of_a_replica_min", "views_of_a_replica_max",
 }  # fmt: skip

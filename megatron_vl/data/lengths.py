@@ -1,0 +1,224 @@
+"""The length index of a domain: tokens and views of every sample, made once and kept on disk.
+
+Planning needs lengths, not contents. A folder per domain holds `lengths.npy` (int32 [n, 3]: tokens, global
+views, crops), `reasons.npy` (uint8 [n], 0 = good) and `index.json`, which is written last and says what the
+index was made from: the files with sizes and times of change, the rules for images, and a fingerprint of
+tokenizer and template. Building is in `data/lengths_build.py`.
+
+An index whose files or rules have changed since is an ERROR that names what changed, never rebuilt silently:
+other lengths mean another order of the data, and a run in progress could not be continued. Remove the folder
+to have it built anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import numpy as np
+
+from megatron_vl.data.crops import plan_crops
+from megatron_vl.data.jsonl import RawLine
+from megatron_vl.data.rows import RowBuilder
+from megatron_vl.data.sample import ImagePart, Message, Sample, TextPart
+from megatron_vl.errors import DataError
+
+FORMAT = 1
+GOOD = 0
+LENGTHS_FILE, REASONS_FILE, DESCRIPTION_FILE = "lengths.npy", "reasons.npy", "index.json"
+PARTS_FOLDER = "parts"
+_PROBE_SIZES = ((40, 30), (728, 364), (1050, 250), (1920, 1080), (9000, 200))
+
+
+class Source(Protocol):
+    """Samples by number, as `data.jsonl.JsonlSource` gives them. Travels to worker processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> RawLine: ...
+
+    def describe(self) -> list[dict[str, int | str]]:
+        """Per file at least `path`, `bytes`, `samples`."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LengthIndex:
+    """Lengths of one domain. tokens, globals_, crops: int32 [n], all 0 for a refused sample.
+
+    tokens: true length, unlimited by data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
+    digest: of what it was made from. folder: where it is kept; other processes map the same files.
+    """
+
+    name: str
+    tokens: np.ndarray
+    globals_: np.ndarray
+    crops: np.ndarray
+    reasons: np.ndarray
+    reason_names: tuple[str, ...]
+    digest: str
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def reason(self, index: int) -> str:
+        """Why a sample is refused, "" for a good one."""
+        return self.reason_names[self.reasons[index]]
+
+    def refused(self) -> dict[str, int]:
+        """Number of refused samples by reason, the most frequent first."""
+        counts = np.bincount(self.reasons, minlength=len(self.reason_names))
+        named = Counter(
+            {name: int(count) for name, count in zip(self.reason_names, counts) if name and count}
+        )
+        return dict(named.most_common())
+
+    def __reduce__(self):
+        if self.folder is None:
+            return LengthIndex, tuple(getattr(self, field.name) for field in fields(self))
+        return _mapped, (self.folder, self.name, self.reason_names, self.digest)
+
+
+def index_folder(index_dir: str | os.PathLike, name: str) -> Path:
+    """The folder of a domain's index; any domain name is a legal one."""
+    return Path(index_dir) / f"{quote(name, safe='')}.lengths"
+
+
+def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[str, Any]:
+    """What decides the lengths: data files, rules, and a fingerprint of tokenizer and template.
+
+    reading: how the source reads its files, where there is more than one way (its form, its own rules).
+    Raises DataError when a data file has gone.
+    """
+    files = []
+    for file in source.describe():
+        try:
+            changed = os.stat(file["path"]).st_mtime_ns
+        except OSError as error:
+            raise DataError(f"{file['path']}: cannot be read ({error.strerror}); correct its path") from error
+        files.append({**file, "changed_ns": changed})
+    data = builder.data
+    return {
+        "format": FORMAT,
+        "files": files,
+        "rules": {
+            "data_root": data.data_root,
+            "reading": reading,
+            "loss_on": data.loss_on,
+            "boundary_rule": data.boundary_rule,
+            "max_crops": data.max_crops,
+            "max_aspect_ratio": data.max_aspect_ratio,
+            "apply_exif": data.apply_exif,
+            "max_image_pixels": data.max_image_pixels,
+        },
+        "tokenizer": hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest(),
+        "template": template_fingerprint(builder),
+    }
+
+
+def digest_of(description: dict[str, Any]) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def template_fingerprint(builder: RowBuilder) -> str:
+    """sha256 of what the template makes of a conversation and a document: it changes with any of its rules."""
+    parts = (ImagePart("a"), TextPart("Count: 3 + 4? Zähle das. "), ImagePart("b"), TextPart("数え\n"))
+    answer = (TextPart("<think>seven</think>\n7."),)
+    turns = (Message("system", parts[1:2]), Message("user", parts), Message("assistant", answer)) * 2
+    samples = (Sample("probe", messages=turns), Sample("probe", document=parts))
+    seen = hashlib.sha256()
+    for size in _PROBE_SIZES:
+        plan = plan_crops(*size, builder.images.crop_rule)
+        for sample in samples:
+            for array in builder.template.render(sample, [plan] * len(sample.images)):
+                seen.update(array.tobytes())
+    return seen.hexdigest()
+
+
+def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIndex | None:
+    """The index in `folder`, None when it is not (completely) built.
+
+    description: `made_from` of the data as they are now. Arrays are mapped, not read. Raises DataError when
+    the index is older than the data or was made under other rules, or is damaged.
+    """
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        return None
+    remedy = f"remove {folder} to have it built anew"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        then = record["made_from"]
+        changed = list(_differences(then, json.loads(json.dumps(description))))
+        if changed:
+            shown = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
+            raise DataError(
+                f"the length index of domain {name} does not belong to the data any more: {shown}; a run that "
+                f"began with it must get those data back; otherwise {remedy}"
+            )
+        index = _mapped(folder, name, tuple(record["reasons"]), digest_of(then))
+        samples = sum(int(file["samples"]) for file in then["files"])
+        sizes = {len(index), len(index.crops), len(index.reasons), samples}
+        if len(sizes) > 1 or int(index.reasons.max()) >= len(index.reason_names):
+            raise ValueError(f"{len(index)} lengths and {len(index.reasons)} reasons for {samples} samples")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"the length index {folder} is damaged ({error}); {remedy}") from error
+    return index
+
+
+def _mapped(folder: Path, name: str, reason_names: tuple[str, ...], digest: str) -> LengthIndex:
+    lengths = np.load(folder / LENGTHS_FILE, mmap_mode="r", allow_pickle=False)
+    reasons = np.load(folder / REASONS_FILE, mmap_mode="r", allow_pickle=False)
+    return LengthIndex(name, *(lengths[:, n] for n in range(3)), reasons, reason_names, digest, folder)
+
+
+def wait_for_index(
+    folder: Path,
+    name: str,
+    description: dict[str, Any],
+    silent_seconds: float = 600,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> LengthIndex:
+    """Opens an index that another process builds, as soon as it is complete.
+
+    For the ranks that do not build: a collective would run into its time limit. Raises DataError when nothing
+    new appears in the folder for `silent_seconds`, and as `open_index`.
+    """
+    seen, since = -1, clock()
+    while (index := open_index(folder, name, description)) is None:
+        parts = sum(1 for _ in folder.glob(f"{PARTS_FOLDER}/*"))
+        if parts != seen:
+            seen, since = parts, clock()
+        if clock() - since > silent_seconds:
+            raise DataError(
+                f"{folder}: nobody has worked on this length index for {silent_seconds:g} s; the first rank "
+                "builds it, and the folder must be on a file system that all nodes share"
+            )
+        sleep(1.0)
+    return index
+
+
+def _differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Leaves that differ, as `files[0].bytes was 10, is 12`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            yield from _differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for number, (one, other) in enumerate(zip(then, now)):
+            here = one.get("path", number) if isinstance(one, dict) else number
+            yield from _differences(one, other, f"{path}[{here}]")
+    elif isinstance(then, list) and isinstance(now, list):
+        yield f"{path}: {len(then)} then, {len(now)} now"
+    elif then != now:
+        yield f"{path} was {then}, is {now}"

@@ -48,7 +48,7 @@ def test_twenty_steps(tmp_path):
     questions = (folder / "data" / "heldout.jsonl").read_text().splitlines()
     assert list(scores) == ["before", "after", "swapped", "no image"]
     assert all(set(right) == {json.loads(line)["id"] for line in questions} for right in scores.values())
-    assert (folder / "checkpoints" / "latest").read_text() == "step_00000020"
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000020\n"
 
 
 @pytest.mark.slow

@@ -66,12 +66,15 @@ def _listed(folder: Path) -> list[Path]:
 def missing_latest(folder: Path) -> str:
     """What is wrong with the pointer: it names a checkpoint that is not there; "" when nothing is."""
     pointer = folder / LATEST
-    if not pointer.is_file():
+    try:
+        if not pointer.is_file():
+            return ""
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        return f"{pointer} cannot be read ({error})"
+    if any(path.name == name for path in checkpoints(folder)):
         return ""
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if (folder / name).is_dir() and Path(name).name == name:
-        return ""
-    return f"{pointer} names {name!r}, which is not there"
+    return f"{pointer} names {name[:60]!r}, which is not there"
 
 
 def point_latest(checkpoint: Path) -> None:
@@ -97,16 +100,22 @@ def to_remove(steps: Sequence[int], keep_last: int | None, keep_every: int) -> l
     return sorted(step for step in old if not (keep_every and step % keep_every == 0))
 
 
-def set_aside(folder: Path, keep_last: int | None, keep_every: int) -> tuple[list[Path], list[str]]:
+def set_aside(
+    folder: Path, newest: int, keep_last: int | None, keep_every: int
+) -> tuple[list[Path], list[str]]:
     """Rename what retention gives up, so that nothing half-removed looks like a checkpoint.
 
-    Returns the renamed folders, to be removed at leisure, and sentences about those that could not be renamed.
+    newest: step that was saved last. Later ones are no part of this run's line (damaged, or rolled back from): they
+    neither count nor go. What interrupted saves have left goes too. Returns the renamed folders, to be removed at
+    leisure, and sentences about those that could not be renamed.
     """
-    going, problems = [], []
-    for step in to_remove([step_of(p) for p in checkpoints(folder)], keep_last, keep_every):
-        doomed = folder / name_of(step)
+    going, problems = [path for path in leftovers(folder) if path.suffix == REPLACED], []
+    steps = [step for step in map(step_of, checkpoints(folder)) if step <= newest]
+    doomed_ones = [folder / name_of(step) for step in to_remove(steps, keep_last, keep_every)]
+    for doomed in [*doomed_ones, *half_written(folder)]:
         try:
-            aside = doomed.with_name(doomed.name + REPLACED)
+            # a name that no save writes to: what is being removed must not meet one that begins
+            aside = folder / (name_of(step_of(doomed)) + REPLACED)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(doomed, aside)
             going.append(aside)

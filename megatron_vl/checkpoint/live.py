@@ -221,9 +221,9 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def moments(main: Main) -> dict[str, torch.Tensor]:
     """Adam's two averages of a parameter, allocated as zeros before the first step."""
     state = main.inner.state[main.main]
-    for name in MOMENTS:
-        if name not in state:
-            state[name] = torch.zeros_like(main.main)
+    if MOMENTS[0] not in state:
+        state |= {name: torch.zeros_like(main.main) for name in MOMENTS}
+        set_step(main, 0)
     return {name: state[name] for name in MOMENTS}
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vl.checkpoint.folder import checkpoints, half_written, missing_latest, openable, step_of
+from megatron_vl.checkpoint.folder import (
+    checkpoints,
+    find,
+    half_written,
+    missing_latest,
+    openable,
+    step_of,
+)
 from megatron_vl.checkpoint.live import Live, set_rng_states
 from megatron_vl.checkpoint.progress import Progress
 from megatron_vl.checkpoint.saver import all_problems
@@ -50,6 +57,11 @@ def choose(
             f"{folder}: none of its {len(found)} checkpoint(s) is good; bring one back, or use another run_dir to "
             f"start anew:\n  {listed}"
         )
+    if chosen is None and any("latest" in remark for remark in remarks):
+        raise CheckpointError(
+            f"{'; '.join(remarks)}, nor any other checkpoint: the run would start anew; bring it back, or remove "
+            f"{folder / 'latest'}"
+        )
     for remark in remarks:
         say(f"{remark}; using {chosen}" if chosen else remark)
     return Stored(chosen) if chosen else None
@@ -88,6 +100,26 @@ def _problems(candidate: Path, config: CheckpointConfig, runtime: Runtime) -> st
     return all_problems(mine, runtime)
 
 
+def choose_first(path: str, config: CheckpointConfig, runtime: Runtime) -> Stored:
+    """The checkpoint that ``train.init_from`` means, the same on every rank, its files checked.
+
+    Raises:
+        CheckpointError: none is there, or it is damaged.
+    """
+    found: list = [None, ""]
+    if runtime.rank == 0:
+        try:
+            found[0] = find(path)
+        except CheckpointError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    folder, problem = found
+    problem = problem or _problems(folder, config, runtime)
+    if problem:
+        raise CheckpointError(f"train.init_from = {path}: {problem}")
+    return Stored(folder)
+
+
 def restore(stored: Stored, live: Live, seed: int, say: Callable[[str], None]) -> Progress:
     """Fill weights, optimizer state and random streams of this rank; every rank calls it.
 
@@ -109,13 +141,17 @@ def restore(stored: Stored, live: Live, seed: int, say: Callable[[str], None]) -
     problem = all_problems(problem, live.runtime)
     if problem:
         raise CheckpointError(problem)
+    stored.forget()
     if fresh and progress.step:
-        say(f"{len(fresh)} weights of rank 0 had no optimizer state (they were frozen): it starts at zero")
+        say(
+            f"{len(fresh)} weights of rank 0 had no optimizer state (frozen, or never trained): it starts at zero"
+        )
     return progress
 
 
 def _continue_random_streams(stored: Stored, runtime: Runtime, seed: int) -> None:
-    if stored.state["layout"] == asdict(runtime.layout):
+    same_device = (f"rng/{runtime.rank:05d}/cuda" in stored.tensors) == (runtime.device.type == "cuda")
+    if stored.state["layout"] == asdict(runtime.layout) and same_device:
         set_rng_states(stored, runtime.rank, runtime.device)
         return
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

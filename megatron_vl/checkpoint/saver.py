@@ -7,7 +7,6 @@ but the properties is called by all ranks at the same point.
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -20,8 +19,7 @@ import torch.distributed as dist
 
 from megatron_vl.checkpoint.folder import (
     ASIDE,
-    REPLACED,
-    leftovers,
+    checkpoints,
     name_of,
     point_latest,
     set_aside,
@@ -128,9 +126,7 @@ class Saver:
     def _make(self, aside: Path, nbytes: int) -> str:
         """Rank 0: remove what interrupted saves have left, make the folder; the problem, if there is one."""
         try:
-            self._join_remover()
-            for old in {aside, *leftovers(self.folder)}:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             free = shutil.disk_usage(aside).free
             if free >= nbytes:
@@ -179,27 +175,32 @@ class Saver:
         problem = ""
         if self.runtime.rank == 0:
             try:
-                replaced = job.final.with_name(job.final.name + REPLACED)
-                if job.final.exists():  # of the same step: damaged, or saved by a run that was rolled back
-                    os.rename(job.final, replaced)
                 steps = {name: count for _, counts in everyone for name, count in counts.items()}
                 state = self._state(job.progress, steps)
                 publish(job.aside, job.final, [w for w, _ in everyone], state, self.config_yaml)
-                shutil.rmtree(replaced, ignore_errors=True)
-                point_latest(job.final)
-                self._retire()
-            except (OSError, ValueError, RuntimeError, CheckpointError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 problem = f"{self.runtime.name} could not complete it: {_first_line(error)}"
+            if not problem:
+                self._retire(job)
         return self._problems(problem)
 
-    def _retire(self) -> None:
-        """Retention. Removing may take minutes on a large file system, so nobody waits for it."""
-        going, problems = set_aside(self.folder, self.config.keep_last, self.config.keep_every)
+    def _retire(self, job: _Job) -> None:
+        """``latest`` and retention. The checkpoint is there, so what fails here is only said."""
+        try:
+            point_latest(job.final)
+            keep = (self.config.keep_last, self.config.keep_every)
+            going, problems = set_aside(self.folder, job.progress.step, *keep)
+        except (OSError, CheckpointError) as error:
+            going, problems = [], [f"{job.final} is complete, but the folder is not in order: {error}"]
         for sentence in problems:
             self.say(sentence)
-        if going:
+        self._remove(list(dict.fromkeys(going)))
+
+    def _remove(self, folders: Sequence[Path]) -> None:
+        """In the background: it may take minutes on a large file system."""
+        if folders:
             self._join_remover()
-            self._remover = threading.Thread(target=_remove, args=(going,), daemon=True, name="remove")
+            self._remover = threading.Thread(target=_remove, args=(folders,), daemon=True, name="remove")
             self._remover.start()
 
     def _join_remover(self) -> None:
@@ -236,6 +237,8 @@ class Saver:
         }
 
     def _intact(self) -> str:
+        if self.runtime.rank == 0 and not checkpoints(self.folder):
+            return f"There is no older checkpoint in {self.folder}"
         return f"The older checkpoints in {self.folder} are intact; the same command resumes from the newest"
 
     def _problems(self, mine: str) -> str:

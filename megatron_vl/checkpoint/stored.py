@@ -211,6 +211,10 @@ class Stored:
         self._last = (chunk, values)
         return values
 
+    def forget(self) -> None:
+        """Give up the chunk that was kept for a next reader."""
+        self._last = None
+
     def check_files(self, digests: bool = True, share: Pair = (0, 1)) -> list[str]:
         """Problems of the files against the manifest: missing, wrong size, wrong sha256 (only with ``digests``).
 
@@ -228,16 +232,25 @@ def check_files(folder: Path, digests: bool = True, share: Pair = (0, 1)) -> lis
         return [f"{folder / MANIFEST} cannot be read ({error})"]
     problems = []
     for name, size, digest in sorted(listed, key=lambda f: -f[1])[share[0] :: share[1]]:
-        path = folder / name
         if Path(name).name != name:
             problems.append(f"{folder / MANIFEST} names {name!r} outside of the folder")
-        elif not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {size}")
-        elif digests and _sha256(path) != digest:
-            problems.append(f"{path} is damaged: its sha256 is not the manifest's")
+            continue
+        try:
+            problem = _file_problem(folder / name, size, digest if digests else None)
+        except OSError as error:  # a bad sector, a lost mount, no permission
+            problem = f"{folder / name} cannot be read ({error})"
+        problems += [problem] if problem else []
     return problems
+
+
+def _file_problem(path: Path, size: int, digest: str | None) -> str:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != size:
+        return f"{path} has {path.stat().st_size} bytes, the manifest says {size}"
+    if digest is not None and _sha256(path) != digest:
+        return f"{path} is damaged: its sha256 is not the manifest's"
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -208,6 +209,10 @@ def publish(
     listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
     _write_small(aside / MANIFEST, (json.dumps({"files": listed}, indent=1) + "\n").encode())
     sync_folder(aside)
+    if final.exists():  # of the same step: damaged, or of a run that was rolled back
+        replaced = final.with_name(final.name + ".old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
     os.rename(aside, final)
     sync_folder(final.parent)
 

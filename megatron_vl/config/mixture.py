@@ -17,12 +17,6 @@ class DomainConfig:
 
     name: str = key("name in plans and logs, unique")
     paths: list[str] = key("its files or folders", factory=list)
-    format: str = key(
-        "auto = by the names of the files, see docs/data.md",
-        "auto",
-        choices=("auto", "jsonl", "sharegpt", "gui", "html", "webdataset", "megatron", "parquet"),
-    )
-    action_schema: str | None = key("file that lists the actions of format gui", None)
     modality: str = key(
         "side of a phase's text_share that the domain counts for; text domains may hold no image",
         "multimodal",
@@ -41,6 +35,12 @@ class DomainConfig:
         None,
         above=0,
     )
+    format: str = key(
+        "auto = by the names of the files, see docs/data.md",
+        "auto",
+        choices=("auto", "jsonl", "sharegpt", "gui", "html", "webdataset", "megatron", "parquet"),
+    )
+    action_schema: str | None = key("file that lists the actions of format gui", None)
 
 
 @dataclass(frozen=True)

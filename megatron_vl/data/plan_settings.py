@@ -108,7 +108,7 @@ class PlanSettings:
 
 def training_domains(train: Sequence[str], domains: Sequence[DomainConfig]) -> tuple[DomainConfig, ...]:
     """The domains of a run; without any, the files of data.train are the only one."""
-    return tuple(domains) or (DomainConfig("train", list(train), weight=1.0),)
+    return tuple(domains) or (DomainConfig("train", list(train), format="jsonl", weight=1.0),)
 
 
 @dataclass

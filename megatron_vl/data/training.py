@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_vl.data.packed import (
 )
 from megatron_vl.data.plan_report import record_of, report_lines
 from megatron_vl.data.plan_settings import PlanSettings, training_domains
+from megatron_vl.data.row_plan import RowPlan
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.data.sources.megatron_bin import TokenRule
 from megatron_vl.data.sources.open import open_source
@@ -30,19 +32,28 @@ def is_planned(data: DataConfig) -> bool:
     return data.packing.enabled or bool(data.domains) or bool(data.mixture)
 
 
-def training_loader(
-    config: RunConfig,
-    place: Place,
-    num_steps: int,
-    timeout_seconds: float,
-    log: BadSampleLog,
-    first: bool,
-    say: Callable[[str], None],
-) -> Loader:
-    """The loader of a run's training data for the rank at ``place``.
+def plan_ahead(config: RunConfig, num_steps: int, dp_size: int, say: Callable[[str], None]) -> None:
+    """What one process of the run does before the others open the data: index files and lengths, make the plan.
 
-    first: one process of the run, which indexes what is not indexed yet while the others wait, and stores the plan
-    in ``data_plan.json`` of the run folder. log: gets what a source refused when it was indexed.
+    The plan is printed and stored in ``data_plan.json`` of the run folder. It may take long; ``say`` is called every
+    few seconds.
+    """
+    sources = open_domains(config, say)
+    try:
+        plan = plan_of(config, sources, num_steps, True, say)
+        say("\n".join(report_lines(plan, dp_size)))
+        (Path(config.run_dir) / "data_plan.json").write_text(json.dumps(record_of(plan), indent=1) + "\n")
+    finally:
+        for source in sources:
+            source.close()
+
+
+def training_loader(
+    config: RunConfig, place: Place, num_steps: int, timeout_seconds: float, log: BadSampleLog
+) -> Loader:
+    """The loader of a run's training data for the rank at ``place``; planned data after `plan_ahead`.
+
+    log: gets what a source refused when it was indexed.
     """
     data, train = config.data, config.train
     batch = (train.micro_batch_size, train.global_batch_size)
@@ -50,37 +61,57 @@ def training_loader(
         return train_loader(
             data, config.model, place, *batch, num_steps=num_steps, timeout_seconds=timeout_seconds
         )
-    domains = training_domains(data.train, data.domains)
-    sources = [open_domain(domain, config, say) for domain in domains]
+    sources = open_domains(config, _silent)
     for source in sources:
         log.add(source.refused())
-    settings = PlanSettings.of(
-        data, data.packing, domains, data.mixture, config.model, train.global_batch_size
-    )
-    readings = [f"{domain.format} {domain.action_schema or ''}".strip() for domain in domains]
-    folder = Path(config.run_dir)
-    plan = open_plan(
-        settings, sources, data, data.packing, config.model, folder, num_steps, first, say, readings
-    )
-    if first:
-        say("\n".join(report_lines(plan, place.dp_size)))
-        (folder / "data_plan.json").write_text(json.dumps(record_of(plan), indent=1) + "\n")
+    plan = plan_of(config, sources, num_steps, False, _silent)
     rows = RowBuilder(data, config.model)
     micro_batches = PackedMicroBatches(DomainSources(sources), plan, rows, place, train.micro_batch_size)
     return packed_loader(micro_batches, timeout_seconds=timeout_seconds)
 
 
-def open_domain(domain: DomainConfig, config: RunConfig, say: Callable[[str], None]) -> Source:
-    """The samples of a domain; the index of its files is kept in the run folder, or in packing.index_dir."""
-    folder = config.data.packing.index_dir or str(Path(config.run_dir) / "data_index")
-    return open_source(
-        domain.paths,
-        domain.format,
-        cache_dir=str(Path(folder) / "files"),
-        say=say,
-        action_schema=domain.action_schema,
-        token_rule=TokenRule.for_model(config.model),
+def plan_of(
+    config: RunConfig, sources: list[Source], num_steps: int, first: bool, say: Callable[[str], None]
+) -> RowPlan:
+    """The plan over the opened domains. first: this process builds what is missing."""
+    data = config.data
+    domains = training_domains(data.train, data.domains)
+    size = config.train.global_batch_size
+    settings = PlanSettings.of(data, data.packing, domains, data.mixture, config.model, size)
+    readings = [_reading(domain) for domain in domains]
+    folder = Path(config.run_dir)
+    return open_plan(
+        settings, sources, data, data.packing, config.model, folder, num_steps, first, say, readings
     )
+
+
+def open_domains(config: RunConfig, say: Callable[[str], None]) -> list[Source]:
+    """The samples of each domain; indexes of files are kept in the run folder, or in packing.index_dir."""
+    data = config.data
+    folder = data.packing.index_dir or str(Path(config.run_dir) / "data_index")
+    return [
+        open_source(
+            domain.paths,
+            domain.format,
+            cache_dir=str(Path(folder) / "files"),
+            index_workers=max(1, data.packing.index_workers),
+            say=say,
+            action_schema=domain.action_schema,
+            token_rule=TokenRule.for_model(config.model),
+        )
+        for domain in training_domains(data.train, data.domains)
+    ]
+
+
+def _reading(domain: DomainConfig) -> str:
+    """How the files of a domain are read, as far as it decides lengths: its form, and what its schema says."""
+    if domain.action_schema is None:
+        return domain.format
+    return f"{domain.format} {hashlib.sha256(Path(domain.action_schema).read_bytes()).hexdigest()}"
+
+
+def _silent(line: str) -> None:
+    """For ranks that open what the first one has made and told of."""
 
 
 def sample_order(config: RunConfig, loader: Loader) -> str:

@@ -16,6 +16,7 @@ from megatron_vl.checkpoint.live import Live
 from megatron_vl.checkpoint.progress import Progress
 from megatron_vl.checkpoint.saver import Saver
 from megatron_vl.checkpoint.stored import Stored
+from megatron_vl.checkpoint.weights import CheckpointWeights
 from megatron_vl.config.dump import to_mapping, to_yaml
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import CheckpointError
@@ -36,7 +37,7 @@ def resave(checkpoint: Path, out: Path, ranks: int, settings: Sequence[str]) -> 
     Raises:
         CheckpointError: no checkpoint, or the target exists. ConfigErrors: an illegal layout.
     """
-    stored = Stored(find(checkpoint))
+    stored = CheckpointWeights(find(checkpoint)).stored
     if out.exists():
         raise CheckpointError(f"{out} exists: choose another target")
     config = layout_of(stored, ranks, settings)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vl.config.load import LoadedRun, load_run
+from megatron_vl.config.mixture import DomainConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vl.errors import Problem
+from megatron_vl.plan.budget import total_tokens
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
 from megatron_vl.plan.sequence import row_multiple
@@ -43,12 +45,35 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
     return [
         *check_model(config.model),
         *check_layout(config.model, config.parallel, config.train, config.data, world_size),
-        *check_mixture(config.data.domains, config.data.mixture),
+        *check_mixture(effective_domains(config.data), config.data.mixture),
+        *_mixture_length(config),
         *check_packing(
             config.data.packing, config.parallel, config.data.seq_length, config.train.micro_batch_size
         ),
         *_device(config),
         *_length_and_schedule(config),
+    ]
+
+
+def effective_domains(data: DataConfig) -> list[DomainConfig]:
+    """``data.domains``, or ``data.train`` as the only one where there is a mixture of it."""
+    if data.domains or not data.mixture:
+        return data.domains
+    return [DomainConfig("train", data.train or ["-"], weight=1.0)]
+
+
+def _mixture_length(config: RunConfig) -> list[Problem]:
+    """A mixture whose phases all have a length must last as long as the run."""
+    lengths, needed = [phase.tokens for phase in config.data.mixture], total_tokens(config)
+    if not lengths or None in lengths or needed is None or sum(lengths) >= needed:
+        return []
+    return [
+        Problem(
+            "data.mixture",
+            sum(lengths),
+            f"its phases have fewer tokens than the run, {needed}",
+            "make a phase longer, or leave the tokens of the last one out",
+        )
     ]
 
 
@@ -105,7 +130,17 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
         Problem(f"data.domains[{number}].paths", path, "no such file or folder", "correct the path")
         for number, domain in enumerate(data.domains)
         for path in domain.paths
-        if not Path(path).exists()
+        if not Path(path).exists() and not Path(path + ".bin").is_file()  # Megatron's files go by their stem
+    ]
+    problems += [
+        Problem(
+            f"data.domains[{number}].action_schema",
+            domain.action_schema,
+            "format gui needs the file that lists its actions",
+            "name one, e.g. a copy of megatron_vl/data/sources/gui_actions.json",
+        )
+        for number, domain in enumerate(data.domains)
+        if domain.format == "gui" and not (domain.action_schema and Path(domain.action_schema).is_file())
     ]
     if data.train and data.domains:
         problems.append(

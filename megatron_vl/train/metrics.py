@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -157,18 +159,37 @@ class StepLines:
     """
 
     def __init__(self, path: Path, from_step: int) -> None:
-        self.path = path
+        self.path, self._complained = path, False
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= from_step]
-            path.write_text("".join(kept))
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= from_step]
+            aside = path.with_name(path.name + ".tmp")
+            aside.write_text("".join(kept))
+            os.replace(aside, path)
 
     def write(self, record: StepMetrics | dict) -> None:
         """Append one record; strict JSON, so numbers that are not finite become null."""
         record = record if isinstance(record, dict) else asdict(record)
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except (
+            OSError
+        ) as error:  # the run goes on: its checkpoints matter more, and saving says what is wrong
+            if not self._complained:
+                self._complained = True
+                print(
+                    f"{self.path} cannot be written ({error}); training goes on", file=sys.stderr, flush=True
+                )
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a power cut has spoilt."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class MetricsFile(StepLines):

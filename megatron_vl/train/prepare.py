@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_vl.checkpoint.folder import find
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.initialize import FreshWeights
 from megatron_vl.checkpoint.live import Live
 from megatron_vl.checkpoint.progress import Progress
-from megatron_vl.checkpoint.resume import choose, restore
+from megatron_vl.checkpoint.resume import choose, choose_first, restore
 from megatron_vl.checkpoint.saver import Saver
 from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.config.changes import changed_keys
@@ -26,11 +25,12 @@ from megatron_vl.config.same_model import check_same_model
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.bad_samples import BadSampleLog
 from megatron_vl.data.loader import eval_loader
-from megatron_vl.data.training import sample_order, training_loader
+from megatron_vl.data.training import is_planned, plan_ahead, sample_order, training_loader
 from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.budget import total_steps
+from megatron_vl.train.ahead import first_does
 from megatron_vl.train.build import Parts, build
 from megatron_vl.train.console import startup_report
 from megatron_vl.train.feed import Feed, place_of
@@ -49,7 +49,7 @@ class FirstWeights:
     dtypes: Mapping[str, str] | None
 
 
-def first_weights(config: RunConfig, stored: Stored | None) -> FirstWeights:
+def first_weights(config: RunConfig, stored: Stored | None, runtime: Runtime) -> FirstWeights:
     """The checkpoint of the run, ``train.init_from``, ``train.init_from_hf``, or fresh ones from ``train.seed``."""
     if stored is not None:
         check_same_model(
@@ -57,7 +57,7 @@ def first_weights(config: RunConfig, stored: Stored | None) -> FirstWeights:
         )
         return FirstWeights(None, stored.state.get("source_dtypes"))
     if config.train.init_from is not None:
-        first = Stored(find(config.train.init_from))
+        first = choose_first(config.train.init_from, config.checkpoint, runtime)
         where = f"{first.folder / 'config.yaml'}"
         check_same_model(first.model, config.model, where, "make the model of this run the same")
         return FirstWeights(first.weight, first.state.get("source_dtypes"))
@@ -86,7 +86,7 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     phase.enter("looking for a checkpoint")
     stored = choose(folder / "checkpoints", config.checkpoint, runtime, say)
     phase.enter("building the model")
-    first_weight = first_weights(config, stored)
+    first_weight = first_weights(config, stored, runtime)
     parts = build(config, runtime, first_weight.source)
     phase.enter("opening the data")
     batch = (config.train.micro_batch_size, config.train.global_batch_size)
@@ -94,7 +94,10 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
     place, timeout = place_of(runtime), 0.8 * config.parallel.timeout_seconds
     steps = total_steps(config)
     log = BadSampleLog(str(folder / "bad_samples.jsonl"), write=first)
-    loader = training_loader(config, place, steps, timeout, log, first, say)
+    if is_planned(config.data):
+        folder.mkdir(parents=True, exist_ok=True)
+        first_does(lambda report: plan_ahead(config, steps, runtime.layout.dp, report), runtime, phase, say)
+    loader = training_loader(config, place, steps, timeout, log)
     eval_feed = None
     if config.train.eval_interval:
         evaluation = eval_loader(
@@ -153,7 +156,8 @@ def resume(run: Run) -> Progress:
         if progress.data not in (data, ""):  # "": weights that were imported, not trained on anything here
             raise CheckpointError(
                 f"{run.stored.folder} was trained on {progress.data}; it is now {data}: the sample order would "
-                "change silently; use another run_dir, or the same files, data.seed and train.global_batch_size"
+                "change silently; use another run_dir, or the same files, data.seed, train.global_batch_size, mixture "
+                "and packing"
             )
         progress = replace(progress, data=data)
         run.saver.last = progress

@@ -54,26 +54,35 @@ def test_retention(keep_last, keep_every, removed):
 
 
 def test_what_retention_gives_up_is_renamed_or_reported(folder, monkeypatch):
-    going, problems = set_aside(folder, 2, 0)
-    assert [p.name for p in going] == ["step_00000003.old"] and problems == []
+    going, problems = set_aside(folder, 123456789, 2, 0)
+    assert sorted({p.name for p in going}) == ["step_00000003.old", "step_00000015.old"] and problems == []
     assert [step_of(p) for p in checkpoints(folder)] == [123456789, 12]
 
     def busy(*args):
         raise OSError(16, "busy")
 
     monkeypatch.setattr(os, "rename", busy)
-    going, (problem,) = set_aside(folder, 1, 0)
-    assert going == [] and "step_00000012 could not be removed" in problem and "busy" in problem
+    _, (problem,) = set_aside(folder, 123456789, 1, 0)
+    assert "step_00000012 could not be removed" in problem and "busy" in problem
     assert (folder / "step_00000012").is_dir()
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_newer_checkpoints_cost_no_good_one(tmp_path, keep_last):
+    """After a fall-back from 15 and 20 to 10 the next save is 11: neither it nor 10 may go for theirs."""
+    for step in (9, 10, 11, 15, 20):
+        (tmp_path / name_of(step)).mkdir()
+    set_aside(tmp_path, 11, keep_last, 0)
+    assert [step_of(p) for p in checkpoints(tmp_path)] == [20, 15, 11, 10][: 2 + keep_last]
 
 
 def test_latest(folder):
     assert missing_latest(folder) == ""
     point_latest(folder / "step_00000012")
     assert (folder / "latest").read_text() == "step_00000012\n" and missing_latest(folder) == ""
-    for wrong in ("step_00000044", "../elsewhere", ""):
+    for wrong in ("step_00000044", "../elsewhere", "", "x" * 5000, "step_00000015.tmp"):
         (folder / "latest").write_text(wrong)
-        assert "which is not there" in missing_latest(folder) or wrong == ""
+        assert "which is not there" in missing_latest(folder)
     assert not (folder / "latest.tmp").exists()
 
 

@@ -237,8 +237,11 @@ class Saver:
         }
 
     def _intact(self) -> str:
-        if self.runtime.rank == 0 and not checkpoints(self.folder):
-            return f"There is no older checkpoint in {self.folder}"
+        try:
+            if not checkpoints(self.folder):
+                return f"There is no older checkpoint in {self.folder}"
+        except CheckpointError as error:
+            return str(error)
         return f"The older checkpoints in {self.folder} are intact; the same command resumes from the newest"
 
     def _problems(self, mine: str) -> str:

@@ -90,19 +90,30 @@ class Written:
 
 
 class Digesting:
-    """A binary file under ``torch.save`` that computes the sha256 of what is written."""
+    """A binary file under ``torch.save`` that computes the sha256 of what is written.
+
+    failed: the first error of the disk; ``torch.save`` may hide it behind one of its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file, self._sha, self._size = path.open("xb", buffering=0), hashlib.sha256(), 0
+        self.failed: OSError | None = None
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
         self._sha.update(view)
+        try:
+            self._put(view)
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+        self._size += len(view)
+        return len(view)
+
+    def _put(self, view: memoryview) -> None:
         done = 0
         while done < len(view):  # a raw file may take less than it is given: 2 GiB at most on Linux
             done += self._file.write(view[done:])
-        self._size += len(view)
-        return len(view)
 
     def tell(self) -> int:
         return self._size
@@ -133,7 +144,6 @@ def write(
 
     Raises:
         OSError: the disk is full, the folder is not writable, a file is there already.
-        RuntimeError: the same, as ``torch.save`` reports it.
     """
     bins: list[list[Item]] = [[] for _ in range(max(1, threads))]
     loads = [0] * len(bins)
@@ -176,6 +186,10 @@ def _write_file(
             if on_item is not None:
                 on_item(item)
         return entries, name, stream.finish()
+    except RuntimeError as error:
+        if stream.failed is not None:
+            raise stream.failed from error
+        raise
     finally:
         stream.close()
 

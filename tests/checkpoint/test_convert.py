@@ -249,7 +249,7 @@ def test_a_disk_that_fails_in_the_middle(tmp_path, monkeypatch, number, message)
     monkeypatch.setattr(ShardWriter, "_write", _fail(error, 20, ShardWriter._write))
     with pytest.raises(CheckpointError, match=message):
         export_hf(CheckpointWeights(tmp_path / "ck"), tmp_path / "hf", QUIET)
-    monkeypatch.setattr(Digesting, "write", _fail(error, 20, Digesting.write))
+    monkeypatch.setattr(Digesting, "_put", _fail(error, 20, Digesting._put))
     with pytest.raises(CheckpointError, match=message):
         import_hf(HFWeights(TINY_A), tmp_path / "ck2", QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["ck"]

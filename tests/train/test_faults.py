@@ -194,6 +194,7 @@ def test_workers_end_with_their_parent(data, tmp_path):
     """kill -9 of a rank leaves nobody behind."""
     program = f"""
 import time
+from megatron_vl.config.mixture import PackingConfig
 from megatron_vl.config.schema import DataConfig
 from tests.train.test_faults import MODEL, Place, loading_processes, train_loader
 if __name__ == "__main__":

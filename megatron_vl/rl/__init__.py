@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, rewards, PPO with a critic."""

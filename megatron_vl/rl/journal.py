@@ -196,10 +196,11 @@ def _verdict_record(verdict: Verdict) -> dict[str, Any]:
         assert math.isfinite(verdict.score), verdict
         return {"verdict": "ok", "score": verdict.score, "parts": dict(verdict.parts)}
     kind = "malformed" if isinstance(verdict, Malformed) else "verifier_error"
-    return {"verdict": kind, "reason": verdict.reason}
+    return {"verdict": kind, "reason": verdict.reason, "detail": verdict.detail}
 
 
 def _verdict(record: Mapping[str, Any]) -> Verdict:
     if record["verdict"] == "ok":
         return Ok(record["score"], record["parts"])
-    return (Malformed if record["verdict"] == "malformed" else VerifierError)(record["reason"])
+    kind = Malformed if record["verdict"] == "malformed" else VerifierError
+    return kind(record["reason"], record["detail"])

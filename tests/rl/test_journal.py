@@ -32,10 +32,10 @@ def test_round_trip_over_ranks(tmp_path):
     entries = [first.add_response(one), second.add_response(two)]
     assert second.load(entries[0]) == one and first.load(entries[1]) == two
     first.add_verdict(("a", 0), 100, "w1", Ok(0.25, {"iou": 0.25}))
-    second.add_verdict(("a", 1), 101, "w1", Malformed("no_answer"))
+    second.add_verdict(("a", 1), 101, "w1", Malformed("no_answer", "empty"))
     found = first.scan("w1", SEEDS)
     assert found.entries == {entry.key: entry for entry in entries} and found.damaged == 0
-    assert found.verdicts == {("a", 0): Ok(0.25, {"iou": 0.25}), ("a", 1): Malformed("no_answer")}
+    assert found.verdicts == {("a", 0): Ok(0.25, {"iou": 0.25}), ("a", 1): Malformed("no_answer", "empty")}
     assert Journal(tmp_path, 4, 0, "s0").scan("w1", SEEDS).entries == {}
 
 

@@ -46,7 +46,9 @@ class CacheCost:
         )
 
 
-def cache_cost(model: ModelConfig, layers: int, tensor_parallel: int, value_bytes: int, gib: float) -> CacheCost:
+def cache_cost(
+    model: ModelConfig, layers: int, tensor_parallel: int, value_bytes: int, gib: float
+) -> CacheCost:
     """layers: of the fullest pipeline rank. Keys and values of the rank's heads; at least one group per rank."""
     groups = max(model.text.num_query_groups // tensor_parallel, 1)
     return CacheCost(2 * layers * groups * model.text.kv_channels * value_bytes, int(gib * GIB))
@@ -61,8 +63,8 @@ def refuse_large(model: ModelConfig, allowed: bool) -> None:
     total = parameters(model)["total"]
     if total > LOCAL_LIMIT and not allowed:
         raise ConfigError(
-            f"rollouts by the local sampler: the model has {total:,} parameters, more than {LOCAL_LIMIT:,}. Its KV cache "
-            "is not paged and its batches are not refilled, so most of memory and time would be wasted; use a rollout "
+            f"rollouts by the local sampler: the model has {total:,} parameters, more than {LOCAL_LIMIT:,}. The KV "
+            "cache is not paged and batches are not refilled, so most of memory and time would be wasted; use a rollout "
             "server, or set generate.allow_large_model=true"
         )
 

@@ -27,7 +27,7 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seeds: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """fp64 ``[b, count]`` inside (0, 1): column i of row r is number i of (seeds[r], numbers[r]), int64 ``[b]`` each."""
+    """fp64 ``[b, count]`` inside (0, 1): row r is that of (seeds[r], numbers[r]); both are int64 ``[b]``."""
     keys = mix(mix(seeds * signed(GOLDEN)) + numbers * signed(GOLDEN))
     columns = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
     bits = mix(keys[:, None] + columns * signed(GOLDEN))

@@ -42,7 +42,9 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1", "use 1 to cut nothing off"),
             ("top_k", self.top_k >= 0, "must be at least 0", "use 0 to cut nothing off"),
         )
-        raise_if_any(Problem(name, getattr(self, name), rule, remedy) for name, ok, rule, remedy in rules if not ok)
+        raise_if_any(
+            Problem(name, getattr(self, name), rule, remedy) for name, ok, rule, remedy in rules if not ok
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def requests_for(
 
 def forbidden_ids(model: ModelConfig) -> tuple[int, ...]:
     """Ids of the vocabulary that are never sampled, ascending."""
-    return tuple(sorted({i for name in STRUCTURAL if (i := getattr(model.tokens, name)) < model.text.vocab_size}))
+    return tuple(
+        sorted({i for name in STRUCTURAL if (i := getattr(model.tokens, name)) < model.text.vocab_size})
+    )
 
 
 def end_ids(tokens: SpecialTokens) -> tuple[int, ...]:
@@ -125,7 +129,9 @@ def check_requests(requests: Sequence[Request], params: SamplingParams, model: M
             continue
         seen.add(id(prompt))
         if not prompt.ids:
-            raise DataError(f"prompt {prompt.prompt_id}: no token; a prompt has at least the opening of a turn")
+            raise DataError(
+                f"prompt {prompt.prompt_id}: no token; a prompt has at least the opening of a turn"
+            )
         if min(prompt.ids) < 0 or max(prompt.ids) >= vocabulary:
             raise DataError(
                 f"prompt {prompt.prompt_id}: ids from {min(prompt.ids)} to {max(prompt.ids)}, the model has 0 to "

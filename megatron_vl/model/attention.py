@@ -50,7 +50,9 @@ class TorchCoreAttention(torch.nn.Module):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
-        self.cache: tuple[KVCache, int] | None = None  # while tokens are sampled: the cache, this layer's number
+        self.cache: tuple[KVCache, int] | None = (
+            None  # while tokens are sampled: the cache, this layer's number
+        )
 
     def forward(
         self,

@@ -210,6 +210,18 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """Sampling from the training model, and image features that are computed once."""
+
+    kv_cache_gib: float = key(
+        "GiB per rank for keys and values of the rows that are generated at once", 4.0, above=0
+    )
+    max_rows: int = key("rows that are generated at once, at most", 256, at_least=1)
+    allow_large_model: bool = key("let rollouts sample from models above 1B parameters", False)
+    feature_dir: str | None = key("folder of computed image features; none = RUN_DIR/features", None)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run."""
 
@@ -222,4 +234,5 @@ class RunConfig:
     schedule: ScheduleConfig = key("learning rate", factory=ScheduleConfig)
     train: TrainConfig = key("batch and length", factory=TrainConfig)
     checkpoint: CheckpointConfig = key("saving", factory=CheckpointConfig)
+    generate: GenerateConfig = key("sampling", factory=GenerateConfig)
     run_dir: str = key("folder of the run: resolved config, log, metrics, checkpoints", "runs/default")

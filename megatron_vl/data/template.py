@@ -18,7 +18,7 @@ import numpy as np
 from megatron_vl.config.model import SpecialTokens, VisionConfig
 from megatron_vl.data.bad_samples import SampleRefused
 from megatron_vl.data.crops import CropPlan, image_token_ids
-from megatron_vl.data.sample import Part, Sample, TextPart
+from megatron_vl.data.sample import Message, Part, Sample, TextPart
 from megatron_vl.data.special_tokens import LITERALS, TEXT_TOKENS, refuse_literals
 from megatron_vl.data.tokenizer import TextTokenizer
 
@@ -67,6 +67,30 @@ class Template:
             )
         return ids, labels
 
+    def render_prompt(
+        self, sample: Sample, plans: Sequence[CropPlan], open_thinking: bool = False
+    ) -> np.ndarray:
+        """ids int64 [n] of a conversation up to where an answer begins: ``...<|im_start|>assistant\\n``.
+
+        They are the first ids of what `render` makes of the same turns with an answer. A last turn that is the
+        assistant's is the answer that is asked for: it is left out. open_thinking: go on with ``<think>\\n``, as the
+        released chat template does. plans: one per image, in order. Raises SampleRefused (no_prompt,
+        placeholder_in_text).
+        """
+        asked = sample.messages
+        if asked and asked[-1].role == "assistant":
+            asked = asked[:-1]
+        if not asked:
+            raise SampleRefused("no_prompt", "there is no turn to answer; a prompt is a conversation")
+        writer = _Writer(self, list(plans))
+        for number, message in enumerate(asked):
+            self._turn(writer, message, number, everything=False, scored=False)
+        self._open_turn(writer, "assistant", scored=False)
+        if open_thinking:
+            writer.special(self.tokens.think_start, scored=False)
+            writer.text("\n", scored=False)
+        return writer.arrays()[0]
+
     def _conversation(self, sample: Sample, writer: _Writer) -> None:
         answers = [number for number, message in enumerate(sample.messages) if message.role == "assistant"]
         scored_answers = {"assistant": answers, "assistant_last": answers[-1:], "all_text": answers}[
@@ -74,16 +98,20 @@ class Template:
         ]
         everything = self.loss_on == "all_text"
         for number, message in enumerate(sample.messages):
-            scored = everything or number in scored_answers
-            writer.special(self.tokens.chat_start, scored=everything)
-            writer.text(f"{message.role}\n", scored=everything)
-            if message.role == "assistant":
-                # Generation starts after the line break, so what follows is never merged with it into one
-                # token.
-                writer.flush()
-            writer.parts(message.parts, scored, where=f"messages[{number}]")
-            writer.special(self.tokens.chat_end, scored)
-            writer.text("\n", scored=everything)
+            self._turn(writer, message, number, everything, everything or number in scored_answers)
+
+    def _turn(self, writer: _Writer, message: Message, number: int, everything: bool, scored: bool) -> None:
+        self._open_turn(writer, message.role, everything)
+        writer.parts(message.parts, scored, where=f"messages[{number}]")
+        writer.special(self.tokens.chat_end, scored)
+        writer.text("\n", scored=everything)
+
+    def _open_turn(self, writer: _Writer, role: str, scored: bool) -> None:
+        writer.special(self.tokens.chat_start, scored)
+        writer.text(f"{role}\n", scored)
+        if role == "assistant":
+            # Generation starts after the line break, so what follows is never merged with it into one token.
+            writer.flush()
 
 
 @dataclass

@@ -9,6 +9,7 @@ work of a rank is what the plan says. Masks are needed only under context parall
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -17,6 +18,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.parallel.context_parallel import gather_sequence
+
+if TYPE_CHECKING:
+    from megatron_vl.model.kv_cache import KVCache
 
 
 class TorchCoreAttention(torch.nn.Module):
@@ -46,6 +50,9 @@ class TorchCoreAttention(torch.nn.Module):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
+        self.cache: tuple[KVCache, int] | None = (
+            None  # while tokens are sampled: the cache, this layer's number
+        )
 
     def forward(
         self,
@@ -58,6 +65,9 @@ class TorchCoreAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         assert attention_mask is None and attention_bias is None, "masks follow from the documents of the row"
+        if self.cache is not None:
+            cache, layer = self.cache
+            return cache.attend(layer, query, key, value, self.scale)
         packed = packed_seq_params is not None
         if packed:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)

@@ -31,7 +31,8 @@ class StageInputs:
 
     input_ids, labels: int64 ``[b, S]`` (labels shifted, -100 = not scored). bounds: padded document boundaries of
     a packed row, None for dense rows; lengths: true document lengths. view_kinds: CROP or GLOBAL per view in
-    stream order. crop_pixels, global_pixels: ``[n, 3, side, side]``, this rank's share only.
+    stream order. crop_pixels, global_pixels: ``[n, 3, side, side]``, this rank's share only. features: projected
+    features of all views in stream order ``[rows, h]``, on every rank of the first stage; the tower is not run then.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class StageInputs:
     crop_pixels: torch.Tensor
     global_pixels: torch.Tensor
     sample_ids: list[str]
+    features: torch.Tensor | None = None
 
 
 class Step3VL(MegatronModule):
@@ -170,7 +172,7 @@ class Step3VL(MegatronModule):
         index = held_positions(inputs.input_ids, inputs.bounds, self.groups.cp)
         ids = inputs.input_ids if index is None else inputs.input_ids[:, index]
         embeddings = self.language_model.embedding(input_ids=ids, position_ids=None)
-        features = self.encode_views(inputs)
+        features = self.encode_views(inputs) if inputs.features is None else inputs.features
         count = 0 if features is None else features.shape[0]
         slots = feature_slots(inputs.input_ids, index, self.model.tokens.im_patch, count, inputs.sample_ids)
         if features is not None:

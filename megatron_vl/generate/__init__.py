@@ -1,0 +1,1 @@
+"""Sampling from the training model itself: prompts, batches, KV cache, random numbers, rollouts."""

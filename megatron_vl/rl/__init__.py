@@ -1,0 +1,1 @@
+"""PPO with a critic: trajectories to rows, advantages, losses, updates."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_vl.checkpoint.hf_names import all_rules, expected_tensors, global_name, shard, to_ours
+from megatron_vl.checkpoint.hf_names import expected_tensors, global_name, rules_by_name, shard, to_ours
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.errors import CheckpointError
 from megatron_vl.plan.stages import Stage
@@ -141,7 +141,7 @@ def load_weights(
     Raises:
         CheckpointError: a parameter that no rule names, or one whose shape does not come out.
     """
-    rules = {rule.ours: rule for rule in all_rules(model)}
+    rules = rules_by_name(model)
     for chunk, stage in zip(chunks, stages):
         for local, parameter in chunk.named_parameters():
             name = global_name(local, stage.layers)

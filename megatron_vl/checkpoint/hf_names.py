@@ -16,6 +16,7 @@ import torch
 from megatron_vl.config.model import ModelConfig
 
 VISION, PROJECTOR, DECODER = "vision", "projector", "decoder"
+VALUE_HEAD = "value_head.weight"  # of a critic: in no released checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Rule:
 def all_rules(model: ModelConfig) -> list[Rule]:
     """Every parameter of the model, tower first."""
     return [*_vision_rules(model), *_decoder_rules(model)]
+
+
+def value_head_rule(model: ModelConfig) -> Rule:
+    """The weight that a critic has instead of ``lm_head.weight``, whole on every rank."""
+    return Rule(VALUE_HEAD, ((VALUE_HEAD, (1, model.text.hidden_size)),), "copy", None, DECODER)
+
+
+def rules_by_name(model: ModelConfig) -> dict[str, Rule]:
+    """The rule of every parameter that a model or a critic may have, by our name."""
+    return {rule.ours: rule for rule in (*all_rules(model), value_head_rule(model))}
 
 
 def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:

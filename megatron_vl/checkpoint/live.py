@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_vl.checkpoint.fragments import Fragment, fragments, replica_writers
-from megatron_vl.checkpoint.hf_names import DECODER, Rule, all_rules, global_name
+from megatron_vl.checkpoint.hf_names import DECODER, Rule, global_name, rules_by_name
 from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.checkpoint.torch_dist import Item, Pair
 from megatron_vl.config.model import ModelConfig
@@ -84,7 +84,11 @@ def mains(optimizer: MegatronOptimizer) -> Iterator[Main]:
 
 @dataclass
 class Live:
-    """The parts of a run that a checkpoint holds, on one rank. optimizer: None to keep weights only."""
+    """The parts of a run that a checkpoint holds, on one rank. optimizer: None to keep weights only.
+
+    prefix: before every key and step count, e.g. ``critic/``. beside: another model in the same checkpoint, so that
+    the two are always of one moment; it has a prefix.
+    """
 
     model: ModelConfig
     placement: str
@@ -92,11 +96,13 @@ class Live:
     stages: list[Stage]
     chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer | None
+    prefix: str = ""
+    beside: Live | None = None
 
     @cached_property
     def named(self) -> list[tuple[torch.nn.Parameter, Rule, Pair]]:
         """Every parameter of this rank with its rule and sharding."""
-        rules = {rule.ours: rule for rule in all_rules(self.model)}
+        rules = rules_by_name(self.model)
         coords, layout, found = self.runtime.coords, self.runtime.layout, []
         for chunk, stage in zip(self.chunks, self.stages, strict=True):
             for local, parameter in chunk.named_parameters():
@@ -145,13 +151,14 @@ class Live:
         return any(isinstance(part, DistributedOptimizer) for part in parts)
 
     def steps(self) -> dict[str, int]:
-        """Adam's step count of what this rank updates, by released name."""
+        """Adam's step count of what this rank updates, by released name behind the prefix."""
         of = {id(parameter): rule for parameter, rule, _ in self.named}
-        counts = {}
+        counts = {} if self.beside is None else self.beside.steps()
         for main in mains(self.optimizer) if self.optimizer is not None else ():
             state = main.inner.state[main.main]
             step = state["step"] if "step" in state else group_of(main).get("step", 0)
-            counts |= dict.fromkeys((name for name, _ in of[id(main.parameter)].hf), int(step))
+            names = (f"{self.prefix}{name}" for name, _ in of[id(main.parameter)].hf)
+            counts |= dict.fromkeys(names, int(step))
         return counts
 
     def items(self, stage: Callable[[torch.Tensor], torch.Tensor]) -> list[Item]:
@@ -162,11 +169,15 @@ class Live:
                 kept = stage(slot.values)
                 items += [
                     Item(
-                        f"{slot.what}/{part.name}", part.shape, kept.dtype, part.offset, part.size,
+                        f"{self.prefix}{slot.what}/{part.name}", part.shape, kept.dtype, part.offset, part.size,
                         partial(part.gather, kept),
                     )
                     for part in slot.fragments(self.model)
                 ]  # fmt: skip
+        if self.beside is not None:
+            items += self.beside.items(stage)
+        if self.prefix:
+            return items
         for name, state in rng_states(self.runtime.device).items():
             size = (state.numel(), 1)
             key = f"rng/{self.runtime.rank:05d}/{name}"
@@ -187,23 +198,26 @@ class Live:
         for slot in self.optimizer_state():
             if slot.what == MAIN:
                 self._fill(slot, stored, [MAIN, WEIGHT])
-            elif f"{slot.what}/{slot.rule.hf[0][0]}" in stored.tensors:
+            elif f"{self.prefix}{slot.what}/{slot.rule.hf[0][0]}" in stored.tensors:
                 self._fill(slot, stored, [slot.what])
             else:
                 slot.values.zero_()
-                fresh.add(slot.rule.hf[0][0])
+                fresh.add(f"{self.prefix}{slot.rule.hf[0][0]}")
         of = {id(parameter): rule for parameter, rule, _ in self.named}
         for main in mains(self.optimizer) if self.optimizer is not None else ():
-            set_step(main, steps.get(of[id(main.parameter)].hf[0][0], 0))
+            set_step(main, steps.get(f"{self.prefix}{of[id(main.parameter)].hf[0][0]}", 0))
+        if self.beside is not None:
+            fresh.update(self.beside.fill(stored))
         return sorted(fresh)
 
     def _fill(self, slot: Slot, stored: Stored, sources: list[str]) -> None:
         """Fill a slot from the first of ``sources`` that is stored."""
         for part in slot.fragments(self.model):
-            keys = [f"{what}/{part.name}" for what in sources if f"{what}/{part.name}" in stored.tensors]
+            names = [f"{self.prefix}{what}/{part.name}" for what in sources]
+            keys = [name for name in names if name in stored.tensors]
             if not keys:
                 raise CheckpointError(
-                    f"{stored.folder}: has no {sources[-1]}/{part.name}: saved for another model than this run's"
+                    f"{stored.folder}: has no {names[-1]}: saved for another model than this run's"
                 )
             if stored.tensors[keys[0]].shape != part.shape:
                 raise CheckpointError(

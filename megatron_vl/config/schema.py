@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_vl.config.key import key
 from megatron_vl.config.mixture import DomainConfig, MixturePhase, PackingConfig
 from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.rl import RlConfig
 
 
 @dataclass(frozen=True)
@@ -235,4 +236,5 @@ class RunConfig:
     train: TrainConfig = key("batch and length", factory=TrainConfig)
     checkpoint: CheckpointConfig = key("saving", factory=CheckpointConfig)
     generate: GenerateConfig = key("sampling", factory=GenerateConfig)
+    rl: RlConfig = key("reinforcement learning; not read by pre-training", factory=RlConfig)
     run_dir: str = key("folder of the run: resolved config, log, metrics, checkpoints", "runs/default")

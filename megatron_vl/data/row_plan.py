@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -186,14 +187,24 @@ def rows_of(documents: Documents, settings: PlanSettings) -> tuple[np.ndarray, i
     return row_of, num_rows
 
 
-def assign_rows(rows: Sequence[PlannedRow], dp_size: int) -> list[list[PlannedRow]]:
+class HasWork(Protocol):
+    """A row, or what else is shared out. work: training FLOPs."""
+
+    @property
+    def work(self) -> int: ...
+
+
+RowT = TypeVar("RowT", bound=HasWork)
+
+
+def assign_rows(rows: Sequence[RowT], dp_size: int) -> list[list[RowT]]:
     """Shares the rows of a step out: result[rank] holds the row of each micro-batch of a data-parallel rank.
 
     rows: by falling work, so that the dp_size rows of one micro-batch are near in work. Among them the rank
     with the least so far takes the one with the most, so that the ranks' sums over the step are near as well.
     """
     assert len(rows) % dp_size == 0, (len(rows), dp_size)
-    shares: list[list[PlannedRow]] = [[] for _ in range(dp_size)]
+    shares: list[list[RowT]] = [[] for _ in range(dp_size)]
     work = [0] * dp_size
     for start in range(0, len(rows), dp_size):
         ranks = sorted(range(dp_size), key=lambda rank: (work[rank], rank))

@@ -1,4 +1,7 @@
-"""One pipeline stage of STEP3-VL: tower and projector (first stage), decoder layers, head (last stage)."""
+"""One pipeline stage of STEP3-VL: tower and projector (first stage), decoder layers, head (last stage).
+
+The critic of PPO is the same class with a value head.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
 from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.heads import ValueHead
 from megatron_vl.model.projector import Projector
 from megatron_vl.model.vision_encoder import VisionEncoder
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
@@ -59,8 +63,11 @@ class Step3VL(MegatronModule):
         groups: Groups,
         vp_stage: int | None,
         loss_chunk: int | None = None,
+        value_head: bool = False,
     ) -> None:
-        """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice."""
+        """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice. value_head: in the place
+        of the output projection; the last stage then gives a value per token.
+        """
         super().__init__(decoder)
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
         self.pre_process, self.post_process = stage.has_embedding, stage.has_head
@@ -88,7 +95,11 @@ class Step3VL(MegatronModule):
         )
         self.model_type = self.language_model.model_type
         self.head: HeadShard | None = None
-        if stage.has_head:
+        self.value_head: ValueHead | None = None
+        if stage.has_head and value_head:
+            self.language_model.output_layer = None
+            self.value_head = ValueHead(decoder, groups.tp)
+        elif stage.has_head:
             words = self.language_model.output_layer.output_size_per_partition
             chunk = loss_chunk_tokens(words, loss_chunk)
             self.head = HeadShard(model.text.vocab_size, groups.tp, decoder.sequence_parallel, chunk)
@@ -117,7 +128,7 @@ class Step3VL(MegatronModule):
 
     def _mask_padded_vocab(self) -> None:
         """Rows that only pad the vocabulary to a multiple of TP get logit -inf: no probability, no gradient."""
-        if not self.post_process:
+        if self.head is None:
             return
         head = self.language_model.output_layer
         first = self.groups.tp.rank() * head.output_size_per_partition
@@ -139,9 +150,12 @@ class Step3VL(MegatronModule):
     def forward(self, inputs: StageInputs, scoring: Scoring | None = None) -> torch.Tensor | TokenScores:
         """Hidden states ``[S / cp (/ tp), b, h]``, on the last stage per-token losses ``[b, S / cp]`` fp32.
 
-        With ``scoring`` the last stage returns the losses and what is asked for beside them.
+        With ``scoring`` the last stage returns the losses and what is asked for beside them. With a value head it
+        returns the value of the state behind each token, ``[b, S / cp]`` fp32.
         """
         hidden = self._hidden_states(inputs)
+        if self.value_head is not None:
+            return self.value_head(hidden)
         if self.head is None:
             return hidden
         labels = take_local(inputs.labels, inputs.bounds, self.groups.cp)
@@ -191,6 +205,7 @@ class Step3VL(MegatronModule):
         if not kinds:
             return None
         vision, group = self.model.vision, self.groups.vision
+        assert self.vision_model is not None, "a model without tower takes features"
         tokens = (vision.crop_tokens, vision.global_tokens)
         assert (CROP, GLOBAL) == (0, 1), "kinds index the pair of token counts"
         mine = [

@@ -24,6 +24,11 @@ def learning_rate(schedule: ScheduleConfig, tokens: int) -> float:
     return warm * schedule.phases[-1].lr_end
 
 
+def warmed_up(rate: float, warmup_steps: int, step: int) -> float:
+    """The learning rate of optimizer step ``step`` (the first is 0): linear up to ``rate``, then constant."""
+    return rate * min(1.0, (step + 1) / warmup_steps) if warmup_steps else rate
+
+
 def _remaining(style: str, done: float) -> float:
     """Share of the way from ``lr_end`` back to ``lr_start`` that is left; done in [0, 1]."""
     if style == "cosine":

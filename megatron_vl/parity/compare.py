@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_vl.checkpoint.hf_names import all_rules, to_hf, unshard
+from megatron_vl.checkpoint.hf_names import rules_by_name, to_hf, unshard
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.parallel.context_parallel import global_order
 from megatron_vl.parity.on_rank import Seen
@@ -134,7 +134,7 @@ class Assembled:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients under released names, in the checkpoint's shapes."""
         out = {}
-        for rule in all_rules(self.model):
+        for rule in rules_by_name(self.model).values():
             sharded = self.layout.tp if rule.part == "decoder" or self.layout.placement == "tensor" else 1
             holders = [
                 [self._at(dp=0, pp=pp, cp=0, tp=t).gradients.get(rule.ours) for t in range(sharded)]

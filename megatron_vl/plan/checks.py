@@ -14,6 +14,7 @@ from megatron_vl.errors import Problem
 from megatron_vl.plan.budget import total_tokens
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
+from megatron_vl.plan.rl_checks import check_rl
 from megatron_vl.plan.sequence import row_multiple
 from megatron_vl.plan.stages import check_stages
 
@@ -51,6 +52,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
             config.data.packing, config.parallel, config.data.seq_length, config.train.micro_batch_size
         ),
         *_device(config),
+        *check_rl(config.rl),
         *_length_and_schedule(config),
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -42,11 +42,13 @@ def build(
     runtime: Runtime,
     source: Callable[[str], torch.Tensor] | None,
     with_optimizer: bool = True,
+    value_head: bool = False,
 ) -> Parts:
     """Build this rank's part of the model and fill it.
 
     source: released tensor name -> whole tensor (a checkpoint directory, or fresh weights); None: a checkpoint is
-    restored afterwards, nothing is drawn.
+    restored afterwards, nothing is drawn. value_head: build a critic, which has a value head instead of the output
+    projection, and no tower: it is fed the features of its actor's.
     """
     parallel, model = config.parallel, config.model
     backend = choose_backend(parallel.layer_backend)
@@ -57,12 +59,22 @@ def build(
     )
     decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
     vision = vision_config(model, parallel, config.recompute, numerics)
+    if value_head:
+        stages = [[replace(stage, has_vision=False) for stage in of_rank] for of_rank in stages]
     mine = stages[runtime.coords.pp]
     loss_chunk = config.train.loss_chunk_tokens
     bare = [
         Step3VL(
-            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, loss_chunk
-        )
+            model,
+            decoder,
+            vision,
+            stage,
+            backend,
+            runtime.groups,
+            i if len(mine) > 1 else None,
+            loss_chunk,
+            value_head,
+        )  # fmt: skip
         for i, stage in enumerate(mine)
     ]
     for chunk in bare:

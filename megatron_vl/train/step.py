@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,13 @@ from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
 
 SUM_AT_ONCE = 64 << 20  # elements of one all-reduce: bounds the copy that it works on to 256 MiB
+
+
+class Rows(Protocol):
+    """Anything that stands for a micro-batch; the schedules need its shape ``[b, S]`` only."""
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -127,16 +135,27 @@ def forward_backward(
     tick: called before each forward pass, as a sign of progress. Returns (loss, tokens) of the global batch, equal on
     every rank: mean loss over all scored tokens.
     """
+    step = partial(forward_step, parts, tick)
+    run = run_schedule if forward_only else accumulate_gradients
+    return global_loss(parts, run(parts, step, batches))
+
+
+def accumulate_gradients(parts: Parts, step: Callable, batches: Sequence[Rows]) -> list[torch.Tensor]:
+    """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once."""
     parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
     try:
-        reports = run_schedule(parts, partial(forward_step, parts, tick), batches, forward_only)
+        return run_schedule(parts, step, batches, forward_only=False)
     finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive
         parts.decoder_config.finalize_model_grads_func = None
-    return global_loss(parts, reports)
 
 
-def run_schedule(parts: Parts, step: Callable, batches: Sequence[MicroBatch], forward_only: bool) -> list:
-    """Megatron-Core's schedule of this layout over the micro-batches; what the loss functions report, in order."""
+def run_schedule(
+    parts: Parts, step: Callable, batches: Sequence[Rows], forward_only: bool = True
+) -> list[torch.Tensor]:
+    """Megatron-Core's schedule of this layout over the micro-batches; what the loss functions report, in order.
+
+    Only the last stage has reports.
+    """
     micro_batch, seq_length = batches[0].input_ids.shape
     assert all(b.input_ids.shape == batches[0].input_ids.shape for b in batches), (
         "one row length, or stages hang"
@@ -154,17 +173,37 @@ def run_schedule(parts: Parts, step: Callable, batches: Sequence[MicroBatch], fo
 
 
 def global_loss(parts: Parts, reports: Sequence[torch.Tensor]) -> tuple[float, int]:
-    """(mean loss, token count) over micro-batches, DP and CP, sent from the last stage to all."""
-    groups = parts.runtime.groups
-    total = torch.zeros(2, dtype=torch.float64, device=parts.runtime.device)
-    for report in reports:
-        total += report
-    if parts.runtime.is_last_stage:
-        dist.all_reduce(total, group=groups.dp_cp)
-    last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
-    dist.broadcast(total, src=last, group=groups.pp)
-    loss_sum, count = total.tolist()
+    """(mean loss, token count) over micro-batches, DP and CP, on every rank."""
+    loss_sum, count = total_of_reports(parts, reports, 2).tolist()
     return loss_sum / max(count, 1.0), int(count)
+
+
+def total_of_reports(
+    parts: Parts, reports: Sequence[torch.Tensor], summed: int, maxima: int = 0
+) -> torch.Tensor:
+    """Reports over micro-batches, DP and CP, sent from the last stage to all: fp64 ``[summed + maxima]``.
+
+    reports: fp64 of that size; the first ``summed`` entries are added up, of the others the largest counts.
+    """
+    groups = parts.runtime.groups
+    total = torch.zeros(summed + maxima, dtype=torch.float64, device=parts.runtime.device)
+    total[summed:] = -torch.inf
+    sums, largest = total[:summed], total[summed:]
+    for report in reports:
+        sums += report[:summed]
+        torch.maximum(largest, report[summed:], out=largest)
+    if parts.runtime.is_last_stage:
+        dist.all_reduce(sums, group=groups.dp_cp)
+        if maxima:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.dp_cp)
+    send_from_last_stage(parts, total)
+    return total
+
+
+def send_from_last_stage(parts: Parts, values: torch.Tensor) -> None:
+    """Make ``values`` on every stage what they are on the last one."""
+    group = parts.runtime.groups.pp
+    dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
 
 
 def train_step(
@@ -174,14 +213,19 @@ def train_step(
 
     When the loss or the gradient norm is not finite, on any rank, no rank changes weights, moments or step counts.
     """
-    for chunk in parts.chunks:
-        chunk.train()
-        chunk.zero_grad_buffer()
-    parts.optimizer.zero_grad()
+    begin_step(parts)
     loss, tokens = forward_backward(parts, batches, tick=tick)
     set_learning_rate(parts.optimizer, lr, parts.config.optim.weight_decay)
     loss, norm, skipped = update(parts, loss)
     return StepResult(loss, tokens, norm, skipped)
+
+
+def begin_step(parts: Parts) -> None:
+    """Training mode, and gradients of zero."""
+    for chunk in parts.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    parts.optimizer.zero_grad()
 
 
 @torch.no_grad()

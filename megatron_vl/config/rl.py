@@ -1,0 +1,113 @@
+"""Reinforcement learning: PPO with a critic. Every quantity with its formula: docs/rl.md.
+
+Defaults are those of the STEP3-VL-10B report where it gives one. "Not published" marks the others; they follow
+Open-Reasoner-Zero, which the report says its PPO follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vl.config.key import key
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """Learning rate of the policy; the rest of its optimizer is `optim`."""
+
+    lr: float = key("learning rate", 2e-6, at_least=0)
+    lr_warmup_steps: int = key("linear warm-up from 0, in optimizer steps (not published)", 0, at_least=0)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The critic: the decoder with a value head, its own weights, optimizer and learning rate."""
+
+    lr: float = key("learning rate", 5e-6, at_least=0)
+    lr_warmup_steps: int = key("linear warm-up from 0, in optimizer steps (not published)", 0, at_least=0)
+    warmup_iterations: int = key(
+        "first iterations in which only the critic is trained (not published)", 0, at_least=0
+    )
+    updates: int = key("optimizer steps per iteration, each on its share of the rows", 4, at_least=1)
+    init_std: float = key(
+        "standard deviation of the fresh value head; 0 = it begins with V = 0 (not published)",
+        1e-5,
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    """Advantages and losses."""
+
+    gamma: float = key("discount per token", 1.0, above=0, at_most=1)
+    lambda_actor: float = key("lambda of the advantages", 1.0, at_least=0, at_most=1)
+    lambda_critic: float = key("lambda of the returns that the critic learns", 1.0, at_least=0, at_most=1)
+    clip_low: float = key("the ratio is clipped below 1 minus this (not published)", 0.2, above=0, at_most=1)
+    clip_high: float = key("the ratio is clipped above 1 plus this (not published)", 0.2, above=0)
+    dual_clip: float | None = key(
+        "where the advantage is negative a token's loss is at most this times its size; none = no limit",
+        None,
+        above=1,
+    )
+    value_clip: float | None = key(
+        "values may move this far from those before the update; none = no limit (not published)", 0.2, above=0
+    )
+    ratio_mode: str = key(
+        "old_logprob: against the policy before the iteration; detached: against itself, always 1; none: no ratio",
+        "old_logprob",
+        choices=("old_logprob", "detached", "none"),
+    )
+    tis_clip: float | None = key(
+        "limit C of the truncated importance weight between trainer and sampler; none = no weight",
+        8.0,
+        above=0,
+    )
+    kl_coef: float = key("weight of the KL to the reference policy in the loss", 0.0, at_least=0)
+    kl_form: str = key("k2 = half the squared log-ratio, k3 = r - 1 - log r", "k3", choices=("k2", "k3"))
+    entropy_coef: float = key("weight of the entropy, which is maximised", 0.0, at_least=0)
+    normalize_advantages: bool = key(
+        "zero mean and unit deviation over all response tokens of the iteration (not published)", True
+    )
+    mini_batches: int = key("optimizer steps of the policy per iteration", 4, at_least=1)
+    strict_on_policy: bool = key("one step per iteration on samples of the very weights; checked", False)
+    truncated_reward: str = key(
+        "a response cut at its length limit: zero = reward 0; bootstrap = the critic's value at the cut",
+        "zero",
+        choices=("zero", "bootstrap"),
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many samples an iteration has, and when the sampler's log-probabilities are too far off."""
+
+    prompts_per_iteration: int = key("prompts of one iteration", 512, at_least=1)
+    samples_per_prompt: int = key("responses to each prompt", 16, at_least=1)
+    alarm_mean: float = key(
+        "mean |log-prob of the trainer - of the sampler| from which the iteration warns", 0.02, above=0
+    )
+    alarm_max: float | None = key("the same of one token; none = no limit", None, above=0)
+    alarm_kl: float = key(
+        "k3 estimate of KL(sampler || trainer) from which the iteration warns", 1e-3, above=0
+    )
+
+    @property
+    def samples(self) -> int:
+        """Responses of one iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Reinforcement learning."""
+
+    actor: ActorConfig = key("the policy", factory=ActorConfig)
+    critic: CriticConfig = key("the value function", factory=CriticConfig)
+    ppo: PpoConfig = key("advantages and losses", factory=PpoConfig)
+    rollout: RolloutConfig = key("samples", factory=RolloutConfig)
+
+    @property
+    def pieces(self) -> int:
+        """Parts into which an iteration's rows are cut, so that steps of actor and critic are whole parts."""
+        return max(self.ppo.mini_batches, self.critic.updates)

@@ -13,6 +13,7 @@ from megatron_vl.errors import MegatronVLError
 # Command: (module with `main(argv)`, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("megatron_vl.plan.command", "print the resolved run, its parameters, cost, ranks and stages"),
+    "rl": ("megatron_vl.rl.command", "reinforce: CONFIG [--nproc N] [section.key=value ...]"),
     "generate": (
         "megatron_vl.generate.command",
         "answer a prompt: CONFIG --prompt TEXT [--image FILE] [--nproc N] ...",

@@ -80,10 +80,16 @@ class PpoConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How many samples an iteration has, and when the sampler's log-probabilities are too far off."""
+    """How responses are drawn, and when the sampler's log-probabilities are too far off."""
 
     prompts_per_iteration: int = key("prompts of one iteration", 512, at_least=1)
     samples_per_prompt: int = key("responses to each prompt", 16, at_least=1)
+    max_tokens: int = key("longest response in tokens", 16_384, at_least=1)
+    temperature: float = key("temperature of sampling; the losses are those of temperature 1", 1.0, above=0)
+    top_p: float = key("share of probability that is kept; 1 = all", 1.0, above=0, at_most=1)
+    top_k: int = key("tokens that are kept; 0 = all", 0, at_least=0)
+    open_thinking: bool = key("prompts end with <think>, as the released template has it", True)
+    wave: int = key("responses between two entries of the journal: what a kill may cost", 512, at_least=1)
     alarm_mean: float = key(
         "mean |log-prob of the trainer - of the sampler| from which the iteration warns", 0.02, above=0
     )
@@ -99,13 +105,52 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """A model that verifies, behind an OpenAI-compatible server. Needed where tasks ask for one."""
+
+    base_url: str = key("address up to and including /v1; empty = no judge", "")
+    model: str = key("name of the model as the server answers it", "")
+    api_key_env: str = key("environment variable that holds the key; empty = none", "")
+    request_seconds: float = key("of one attempt", 120.0, above=0)
+    total_seconds: float = key("of all attempts of one request", 600.0, above=0)
+    concurrency: int = key("requests at once", 32, at_least=1)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """From verdicts to rewards. Weights are not published."""
+
+    score: float = key("what a right answer is worth", 1.0, above=0)
+    language: float = key(
+        "the most that words in another script than the prompt's cost; 0 = nothing", 0.0, at_least=0
+    )
+    language_share: float = key(
+        "share of words in the prompt's script from which nothing is deducted", 0.8, above=0, at_most=1
+    )
+    accept_at: float = key("a response counts as accepted from this score on", 1.0, above=0, at_most=1)
+    max_error_share: float = key(
+        "share of an iteration's verdicts that may fail before the run stops", 0.05, at_least=0, at_most=1
+    )
+    math_processes: int = key("processes that compare mathematics", 4, at_least=1)
+    judge: JudgeConfig = key("verifying model", factory=JudgeConfig)
+
+
+@dataclass(frozen=True)
 class RlConfig:
     """Reinforcement learning."""
 
+    prompts: list[str] = key("JSONL files of prompts, each with its task", factory=list)
+    eval_prompts: list[str] = key("JSONL files of held-out prompts", factory=list)
+    iterations: int = key("length of the run: each draws, scores and learns once", 600, at_least=1)
+    eval_interval: int = key("iterations between evaluations, one before the first; 0 = never", 0, at_least=0)
+    eval_samples: int = key("responses to each held-out prompt", 1, at_least=1)
+    keep_journal: int = key("iterations whose tokens and log-probabilities are kept", 2, at_least=1)
+    page_prompts: int = key("prompts shown on each iteration's page of rollouts; 0 = no page", 8, at_least=0)
     actor: ActorConfig = key("the policy", factory=ActorConfig)
     critic: CriticConfig = key("the value function", factory=CriticConfig)
     ppo: PpoConfig = key("advantages and losses", factory=PpoConfig)
     rollout: RolloutConfig = key("samples", factory=RolloutConfig)
+    rewards: RewardConfig = key("verifiers and rewards", factory=RewardConfig)
 
     @property
     def pieces(self) -> int:

@@ -82,3 +82,33 @@ def check_ready_for_rl(config: RunConfig) -> list[Problem]:
             Problem("model.freeze_decoder", True, "there would be nothing to train", "set it false")
         )
     return problems
+
+
+def check_rl_inputs(config: RunConfig) -> list[Problem]:
+    """What a run of reinforcement learning needs to begin: prompts, a tokenizer, weights."""
+    needed = (
+        ("rl.prompts", config.rl.prompts, "there are no prompts", "list at least one JSONL file"),
+        (
+            "data.tokenizer",
+            config.data.tokenizer,
+            "no tokenizer",
+            "give a tokenizer.json or a SentencePiece .model",
+        ),
+        (
+            "train.init_from",
+            config.train.init_from or config.train.init_from_hf,
+            "there are no weights to begin with",
+            "name the checkpoint of a finished run, or train.init_from_hf",
+        ),
+    )
+    problems = [Problem(path, value, rule, remedy) for path, value, rule, remedy in needed if not value]
+    if config.rl.eval_interval and not config.rl.eval_prompts:
+        problems.append(
+            Problem(
+                "rl.eval_prompts",
+                [],
+                f"no held-out prompts, but rl.eval_interval = {config.rl.eval_interval}",
+                "list a JSONL file, or set rl.eval_interval 0",
+            )
+        )
+    return problems

@@ -35,12 +35,16 @@ Tokens = dict[int, torch.Tensor]  # numbers per response token, by trajectory nu
 
 @dataclass
 class Learnt:
-    """What an iteration did. counts: of trajectories. actor is empty while only the critic warms up."""
+    """What an iteration did. counts: of trajectories. actor is empty while only the critic warms up.
+
+    advantages: the mean over a response's tokens, by name, of all data-parallel ranks.
+    """
 
     counts: dict[str, int]
     critic: list[Update] = field(default_factory=list)
     actor: list[Update] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
+    advantages: dict[str, float] = field(default_factory=dict)
 
 
 def actor_learns(rl: RlConfig, iteration: int) -> bool:
@@ -86,7 +90,9 @@ def learn(
     pieces = make_batches(kept, mine, shape, config.model.tokens.endoftext, features_of)
     done = Learnt(_counts(trajectories, kept, weight_version))
     learns = actor_learns(rl, iteration)
-    _score_all(models, [item for piece in pieces for item in piece], kept, learns, tick)
+    everything = [item for piece in pieces for item in piece]
+    _score_all(models, everything, kept, learns, tick)
+    done.advantages = mean_advantages(models.actor, everything, kept)
     for update, batches in enumerate(steps_of(pieces, rl.critic.updates)):
         parts = models.turns.take(CRITIC)
         done.critic.append(update_critic(parts, batches, critic_rate(rl, iteration, update), tick))
@@ -142,6 +148,21 @@ def set_advantages(parts: Parts, batches: Sequence[RlBatch], trajectories: Seque
         if ppo.normalize_advantages:
             advantages = {number: whiten(values, sums) for number, values in advantages.items()}
         item.fill("advantages", advantages)
+
+
+def mean_advantages(
+    parts: Parts, batches: Sequence[RlBatch], trajectories: Sequence[Trajectory]
+) -> dict[str, float]:
+    """The mean advantage of each trajectory by its name, equal on every rank."""
+    mine = {
+        trajectories[number].name: float(values.mean())
+        for item in batches
+        for number, values in item.tokens("advantages").items()
+    }
+    group = parts.runtime.groups.dp
+    everyone: list[dict[str, float]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(everyone, mine, group=group)
+    return {name: value for part in everyone for name, value in part.items()}
 
 
 def advantages_and_returns(

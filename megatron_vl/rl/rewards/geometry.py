@@ -76,6 +76,8 @@ class Decay:
 def number_groups(text: str) -> list[tuple[float, ...]]:
     """The bracketed lists of at least two numbers in a text, in order; other brackets are prose.
 
+    A text that is nothing but numbers, between commas or white space, is one list.
+
     Raises NotAnAnswer (`no_coordinates`, `not_finite`, `not_a_number`, `number_too_long`, `too_many`).
     """
     groups = []
@@ -86,6 +88,9 @@ def number_groups(text: str) -> list[tuple[float, ...]]:
         if len(groups) == MAX_SHAPES or len(parts) > 2 * MAX_SHAPES:
             raise NotAnAnswer("too_many", f"more than {MAX_SHAPES} lists or pairs of numbers")
         groups.append(tuple(parse_float(part) for part in parts))
+    bare = text.replace(",", " ").split()
+    if not groups and 2 <= len(bare) <= 2 * MAX_SHAPES and all(map(_WORDLIKE_NUMBER.fullmatch, bare)):
+        groups.append(tuple(parse_float(part) for part in bare))
     if not groups:
         raise NotAnAnswer("no_coordinates", f"no list of numbers in {shown(text)}")
     return groups

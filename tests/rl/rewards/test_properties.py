@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vl.rl.rewards.compose import RewardWeights, compose
 from megatron_vl.rl.rewards.geometry import Canvas, Decay, best_assignment, iou, point_closeness
-from megatron_vl.rl.rewards.score import LENGTH, STOP, score
+from megatron_vl.rl.rewards.score import LENGTH, STOP, Services, score
 from megatron_vl.rl.rewards.task import parse_task
 from megatron_vl.rl.rewards.verdict import Malformed, Ok, VerifierError
 from tests.rl.rewards.cases import BOX, CASES, POINT, TRIANGLE, place, said
@@ -124,7 +124,7 @@ def test_malformed_never_beats_an_honest_wrong_answer(weights):
     tasks = {case[1]["kind"]: parse_task(case[1]) for case in CASES}
     for task in tasks.values():
         honest = compose(task, Ok(0.0), question, other_language, weights)
-        for verdict in (Malformed("several_answers"), score(task, "x", LENGTH)):
+        for verdict in (Malformed("several_answers"), score(task, "x", LENGTH, Services(math=object()))):
             worst = compose(task, verdict, question, "", weights)
             assert worst.total <= honest.total and worst.total == weights.lowest
             assert sum(worst.penalties.values()) == pytest.approx(worst.total)

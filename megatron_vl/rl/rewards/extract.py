@@ -137,7 +137,7 @@ def structured_answer(answer: str) -> str:
 def _stripped(text: str) -> str:
     """Without white space, Markdown emphasis and mathematics delimiters around it."""
     while True:
-        before, text = text, text.strip().strip("*`").strip()
+        before, text = text, text.strip().removesuffix("**.").strip("*`").strip()
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(left) : len(text) - len(right)]
             if (

@@ -1,8 +1,8 @@
 """Whether a response stays in the language of its prompt, judged by script.
 
 Language detectors fail on short technical text (one took "First we compute" for German), so only scripts are
-compared, in the prose that is left without mathematics, code, quotations and addresses, and the penalty grows softly. Languages of
-one script are not told apart. The rule and its numbers are ours.
+compared, in the prose that is left without mathematics, code, quotations and addresses, and the penalty grows
+softly. Languages of one script are not told apart. The rule and its numbers are ours.
 """
 
 from __future__ import annotations

@@ -61,6 +61,10 @@ class MathSettings:
     start_seconds: float = 120.0
 
 
+class _NoProcess(Exception):
+    """There is no process to compare with, for now or because the pool is closed."""
+
+
 class MathPool:
     """`compare` may be called from any number of threads; beyond `processes` they wait. A context manager."""
 
@@ -75,7 +79,7 @@ class MathPool:
             self._slots.put(None)
         self._live: set[_Worker] = set()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._worked = False
 
     def __enter__(self) -> MathPool:
         return self
@@ -90,10 +94,13 @@ class MathPool:
         """
         worker = self._slots.get()
         try:
+            result = Comparison(DIED)
             for _ in range(ATTEMPTS):
-                worker = worker or self._start()
-                if worker is None:
-                    return Comparison(DIED, "the pool is closed")
+                try:
+                    worker = worker or self._start()
+                except _NoProcess as error:
+                    result = Comparison(DIED, str(error))
+                    continue
                 result = worker.compare(gold, answer, self.settings.timeout_seconds)
                 failed = result.status in (TIMEOUT, DIED)
                 if failed or worker.served >= self.settings.recycle_after:
@@ -123,23 +130,24 @@ class MathPool:
         with self._lock:
             return [worker.process.pid for worker in self._live]
 
-    def _start(self) -> _Worker | None:
-        """A process that is ready, or None once the pool is closed."""
+    def _start(self) -> _Worker:
+        """A process that is ready. Raises _NoProcess; ConfigError if none ever was, which waiting does not cure."""
         with self._lock:
             if self._closed:
-                return None
+                raise _NoProcess("the pool is closed")
             worker = _Worker(self.settings)
             self._live.add(worker)
         started = worker.wait_until_ready(self.settings.start_seconds)
-        if started.status != "ready":
-            self._end(worker)
-            if self._closed:
-                return None
-            raise ConfigError(
-                f"a process for math-verify does not start ({started.status} {started.detail}, memory limit "
-                f"{self.settings.memory_bytes >> 20} MiB); try {sys.executable} -c 'import math_verify'"
-            )
-        return worker
+        if started.status == "ready":
+            self._worked = True
+            return worker
+        self._end(worker)
+        if self._worked or self._closed:
+            raise _NoProcess(f"a process did not start: {started.status} {started.detail}")
+        raise ConfigError(
+            f"a process for math-verify does not start ({started.status} {started.detail}, memory limit "
+            f"{self.settings.memory_bytes >> 20} MiB); try {sys.executable} -c 'import math_verify'"
+        )
 
     def _end(self, worker: _Worker) -> None:
         worker.kill()
@@ -152,7 +160,7 @@ class _Worker:
 
     def __init__(self, settings: MathSettings):
         # The alarm is for the case that this process dies; in all others the time-out comes first.
-        alarm = 2 * settings.timeout_seconds + 5.0
+        alarm = settings.timeout_seconds + 2.0
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(os.getpid()), str(settings.memory_bytes), str(alarm)],

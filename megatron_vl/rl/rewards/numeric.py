@@ -10,16 +10,18 @@ from megatron_vl.rl.rewards.extract import Extracted
 from megatron_vl.rl.rewards.verdict import NotAnAnswer, Ok, shown
 
 MAX_DIGITS = 32  # characters of one number
-WORDS = tuple(  # index is value
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split()  # noqa: SIM905
+# fmt: off
+WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )
+# fmt: on
 
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _FLOAT = rf"{_PLAIN}(?:[eE][+-]?[0-9]+)?"
 _TENS = r"\s*(?:\\times|\\cdot|\u00d7|\*|x)\s*10\s*\^\s*(?:\{\s*(?P<braced>[+-]?[0-9]+)\s*\}|(?P<bare>[+-]?[0-9]+))"
 NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\s*(?:"
+    r"(?:(?P<sign>[+-])\s*)?(?:"
     rf"\\[dt]?frac\s*\{{\s*(?P<above>[+-]?{_PLAIN})\s*\}}\s*\{{\s*(?P<below>[+-]?{_PLAIN})\s*\}}"
     rf"|(?:(?P<whole>[0-9]+)\s+)?(?P<left>{_PLAIN})\s*/\s*(?P<right>{_PLAIN})"
     rf"|(?P<number>{_FLOAT})(?:{_TENS})?"

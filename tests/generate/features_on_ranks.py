@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import DataError
 from megatron_vl.generate.features import FeatureStore
 from megatron_vl.generate.prompts import PromptBuilder
 from megatron_vl.generate.request import Prompt, SamplingParams, requests_for
@@ -45,6 +46,15 @@ def ensured_on_rank(config: RunConfig, samples: list, folder: str, change: float
         "features": features,
         "answers": [(r.tokens, r.logprobs) for r in answers],
     }
+
+
+def refused_on_rank(config: RunConfig, samples: list, folder: str) -> str:
+    """Why the features of these samples cannot be computed."""
+    try:
+        ensured_on_rank(config, samples, folder)
+    except DataError as error:
+        return str(error)
+    return "computed"
 
 
 def fused_on_rank(config: RunConfig, samples: list, folder: str) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import Row, collate
+from megatron_vl.errors import ConfigError
 from megatron_vl.generate.features import encode
 from megatron_vl.generate.request import Prompt, Request, Response, SamplingParams, forbidden_ids
 from megatron_vl.generate.rollout import LocalRollouts
@@ -216,7 +217,12 @@ class OtherAttention(torch.nn.Module):
     """Stands for the attention of a backend that knows no cache."""
 
 
-def backend_on_rank(config: RunConfig) -> None:
+def backend_on_rank(config: RunConfig) -> str:
+    """How the sampler refuses it."""
     parts = model_parts(config)
     parts.chunks[0].module.decoder.layers[1].self_attention.core_attention = OtherAttention()
-    LocalRollouts(parts, features_of(parts, []))
+    try:
+        LocalRollouts(parts, features_of(parts, []))
+    except ConfigError as error:
+        return str(error)
+    return "taken"

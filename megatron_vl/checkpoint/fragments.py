@@ -125,7 +125,10 @@ def _blocks(rule: Rule, model: ModelConfig, size: int, rank: int) -> Iterator[_B
 def _qkv_blocks(
     rule: Rule, model: ModelConfig, matrices: Sequence[tuple[str, Pair]], size: int, rank: int
 ) -> Iterator[_Block]:
-    """Ours: per group its query rows, key rows, value rows. Released: q, k and v apart, or one above the other."""
+    """Ours: per group its query rows, key rows, value rows. Released: q, k and v apart, or one above the other.
+
+    With more ranks than groups a shard is a part of a group.
+    """
     if rule.kind == "stacked_qkv":
         groups = model.vision.num_attention_heads
         (name, shape) = matrices[0]
@@ -135,11 +138,15 @@ def _qkv_blocks(
         groups = model.text.num_query_groups
         parts = [(name, shape, 0, shape[0] // groups) for name, shape in matrices]
     per_group = sum(rows for *_, rows in parts)
-    mine = range(rank * (groups // size), (rank + 1) * (groups // size))
+    share = groups * per_group // size
     before = 0
     for name, shape, first, rows in parts:
-        for local, group in enumerate(mine):
-            yield _Block(local * per_group + before, rows, name, shape, first + group * rows, 0)
+        for group in range(groups):
+            start = group * per_group + before
+            low, high = max(start, rank * share), min(start + rows, (rank + 1) * share)
+            if low < high:
+                row = first + group * rows + low - start
+                yield _Block(low - rank * share, high - low, name, shape, row, 0)
         before += rows
 
 

@@ -63,9 +63,9 @@ def refuse_large(model: ModelConfig, allowed: bool) -> None:
     total = parameters(model)["total"]
     if total > LOCAL_LIMIT and not allowed:
         raise ConfigError(
-            f"rollouts by the local sampler: the model has {total:,} parameters, more than {LOCAL_LIMIT:,}. The KV "
-            "cache is not paged and batches are not refilled, so most of memory and time would be wasted; use a rollout "
-            "server, or set generate.allow_large_model=true"
+            f"rollouts by the local sampler: the model has {total:,} parameters, more than {LOCAL_LIMIT:,}. Its KV "
+            "cache has no pages and its batches are not refilled, so most of memory and time would be wasted; use a "
+            "rollout server, or set generate.allow_large_model=true"
         )
 
 

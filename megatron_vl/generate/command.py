@@ -129,6 +129,8 @@ def _answer(config: RunConfig, arguments: argparse.Namespace, runtime, phase: Ph
     phase.enter("sampling")
     rollouts = LocalRollouts(parts, store.features, large=True, tick=phase.tick)
     screen = Screen(builder.text, params.stop_ids) if runtime.rank == 0 else None
+    if screen:
+        _to_stderr(rollouts.cost.describe(len(prompt.ids) + params.max_tokens))
     responses = rollouts.generate(requests, params, screen.show if screen else None)
     if screen:
         screen.finish(responses)

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_vl.errors import ConfigError
 from megatron_vl.generate.batches import CacheCost, cache_cost, cut_batches, refuse_large, share
 from megatron_vl.generate.forward import sampling_mode
 from megatron_vl.generate.request import Request, Response, SamplingParams, check_requests
@@ -120,16 +119,3 @@ class LocalRollouts:
             )
             for index, request in enumerate(requests)
         ]
-
-
-def check_version(response: Response, version: str) -> None:
-    """Refuse a response of other weights: strict on-policy training takes none.
-
-    Raises:
-        ConfigError: its weight version is not ``version``.
-    """
-    if response.weight_version != version:
-        raise ConfigError(
-            f"response {response.prompt_id}/{response.sample_index} was sampled from weights "
-            f"{response.weight_version}, the policy has {version}: sample it again"
-        )

@@ -32,7 +32,7 @@ def cuts(length: int, seed: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("model", [SMALL, ODD_VOCABULARY], ids=["small", "odd vocabulary"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])  # 4: more ranks than groups
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_the_pieces_of_all_ranks_are_the_released_tensors(model, tp, cut):
     tensors = numbered(model)
@@ -55,7 +55,7 @@ def test_the_pieces_of_all_ranks_are_the_released_tensors(model, tp, cut):
         assert torch.equal(rebuilt[name], tensor.reshape(rebuilt[name].shape)), name
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_scatter_is_the_inverse_of_gather(tp):
     tensors = numbered(SMALL)
     for number, rule in enumerate(all_rules(SMALL)):

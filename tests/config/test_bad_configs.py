@@ -36,6 +36,9 @@ BAD_FILES = {
     "optim: {optimizer: adam}": "optim.optimizer = adam: must be one of adamw; did you mean adamw?",
     "parallel: {device: tpu}": "parallel.device = tpu: must be one of auto, cpu, cuda; did you mean cpu?",
     "data: {alpha: 0}": 'data.alpha = 0: must be a string; put it in quotes: "0"',
+    "generate: {kv_cache_gib: 0}": "generate.kv_cache_gib = 0: must be greater than 0; change the value",
+    "generate: {max_rows: 0}": "generate.max_rows = 0: must be at least 1; change the value",
+    "generate: {kv_cache: 4}": "generate.kv_cache: unknown key; did you mean generate.kv_cache_gib?",
     "run_dir: 2024-01-01": (
         'run_dir = datetime.date(2024, 1, 1): must be a string; put it in quotes: "2024-01-01"'
     ),

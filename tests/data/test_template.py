@@ -167,3 +167,37 @@ def test_shift():
     labels = np.array([NOT_SCORED, 5, NOT_SCORED, 7])
     assert shift_labels(labels).tolist() == [5, NOT_SCORED, 7, NOT_SCORED]
     assert shift_labels(labels[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("answer", ["red", "\n\nred", "<think>\nred\n</think>\n\nred", " ☂"])
+@pytest.mark.parametrize("loss_on", ["assistant", "assistant_last", "all_text"])
+def test_a_prompt_is_the_beginning_of_the_training_row(template, answer, loss_on):
+    asked = {"role": "user", "content": "<image>left <image> right"}
+    before = [{"role": "system", "content": "be brief"}, asked, {"role": "assistant", "content": "3"}]
+    turns = [*before, {"role": "user", "content": "colour?"}]
+    plans = [TWO_ROWS, NO_CROPS]
+    prompt = template.render_prompt(sample({"messages": turns, "images": ["a", "b"]}), plans)
+    whole = sample({"messages": [*turns, {"role": "assistant", "content": answer}], "images": ["a", "b"]})
+    ids, _ = replace(template, loss_on=loss_on).render(whole, plans)
+    assert prompt.dtype == np.int64 and ids[: len(prompt)].tolist() == prompt.tolist()
+    assert template.tokenizer.decode(ids[len(prompt) :], TOKENS) == f"{answer}<|im_end|>\n"
+    # the answer that a sample brings along is not part of its prompt
+    assert template.render_prompt(whole, plans).tolist() == prompt.tolist()
+
+
+def test_a_prompt_may_open_the_thinking(template):
+    turns = [{"role": "user", "content": "How many?"}]
+    plain, opened = (
+        template.render_prompt(sample({"messages": turns}), [], think) for think in (False, True)
+    )
+    assert template.tokenizer.decode(opened, TOKENS).endswith("<|im_start|>assistant\n<think>\n")
+    assert opened[: len(plain)].tolist() == plain.tolist()
+    assert opened[len(plain)] == TOKENS.think_start
+
+
+@pytest.mark.parametrize(
+    "record", [{"text": "a document"}, {"messages": [{"role": "assistant", "content": "a"}]}]
+)
+def test_nothing_to_answer_is_refused(template, record):
+    with pytest.raises(SampleRefused, match="no_prompt"):
+        template.render_prompt(sample(record), [])

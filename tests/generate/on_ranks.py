@@ -10,6 +10,7 @@ import torch
 
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import Row, collate
+from megatron_vl.errors import ConfigError
 from megatron_vl.generate.features import encode
 from megatron_vl.generate.request import Prompt, Request, Response, SamplingParams, forbidden_ids
 from megatron_vl.generate.rollout import LocalRollouts
@@ -84,7 +85,10 @@ def state_of(parts: Parts) -> list[tuple]:
     """Everything that sampling switches, module by module."""
     return [
         (name, m.training, getattr(m, "sequence_parallel", None), getattr(m, "cache", None))
-        + (getattr(getattr(m, "config", None), "sequence_parallel", None), getattr(m, "input_tensor", None) is None)
+        + (
+            getattr(getattr(m, "config", None), "sequence_parallel", None),
+            getattr(m, "input_tensor", None) is None,
+        )
         for chunk in parts.chunks
         for name, m in chunk.named_modules()
     ]
@@ -127,7 +131,11 @@ def plain_on_rank(
 
 
 def sampled_and_scored_on_rank(
-    config: RunConfig, asked: Sequence[Asked], requests: Sequence[Request], params: SamplingParams, length: int
+    config: RunConfig,
+    asked: Sequence[Asked],
+    requests: Sequence[Request],
+    params: SamplingParams,
+    length: int,
 ) -> tuple[list[Response], dict[int, list[float]]]:
     """Responses, and the log-probabilities that the training forward pass of the same layout gives their tokens."""
     parts = model_parts(config)
@@ -203,3 +211,18 @@ def version_on_rank(config: RunConfig, change: float) -> tuple[str, str]:
                 weight = chunk.module.language_model.decoder.layers[0].mlp.linear_fc2.weight
                 weight[0, 0] += change
     return before, weight_version(parts)
+
+
+class OtherAttention(torch.nn.Module):
+    """Stands for the attention of a backend that knows no cache."""
+
+
+def backend_on_rank(config: RunConfig) -> str:
+    """How the sampler refuses it."""
+    parts = model_parts(config)
+    parts.chunks[0].module.decoder.layers[1].self_attention.core_attention = OtherAttention()
+    try:
+        LocalRollouts(parts, features_of(parts, []))
+    except ConfigError as error:
+        return str(error)
+    return "taken"

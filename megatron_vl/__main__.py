@@ -14,6 +14,10 @@ from megatron_vl.errors import MegatronVLError
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("megatron_vl.plan.command", "print the resolved run, its parameters, cost, ranks and stages"),
     "rl": ("megatron_vl.rl.command", "reinforce: CONFIG [--nproc N] [section.key=value ...]"),
+    "filter": (
+        "megatron_vl.rl.filtration",
+        "keep the prompts worth training on: CONFIG --out DIR [--nproc N] ...",
+    ),
     "generate": (
         "megatron_vl.generate.command",
         "answer a prompt: CONFIG --prompt TEXT [--image FILE] [--nproc N] ...",

@@ -1,0 +1,193 @@
+"""``python -m megatron_vl filter CONFIG --out DIR``: how often each prompt is answered rightly, and which ones to keep.
+
+Every prompt gets ``--samples`` responses (24 in the report); kept are those neither always right nor always wrong. The
+responses stay, as a pool for later stages. Prompts are taken in the order of the files, some at a time, each group with
+a journal and a done mark, so a run that was stopped or killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vl.errors import ConfigError
+from megatron_vl.parallel.heartbeat import Heartbeat, Phase, slow_seconds
+from megatron_vl.parallel.launch import STOPPED, launched, read_environment, run_local
+from megatron_vl.plan.layout import Layout
+from megatron_vl.rl.acceptance import Acceptance, by_prompt, keeps
+from megatron_vl.rl.collect import Collected, Scored, collect
+from megatron_vl.rl.command import load
+from megatron_vl.rl.journal import iteration_name
+from megatron_vl.rl.report import rollout_record
+from megatron_vl.rl.run import RlRun
+from megatron_vl.train.faults import StopRequest
+from megatron_vl.train.pretrain import beats_folder, stop_seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the run before anything is launched, then launch the ranks or be one of them."""
+    arguments = parse(argv)
+    world_size = read_environment().world_size if launched() else arguments.nproc
+    overrides = [*arguments.overrides, f"run_dir={arguments.out}"]
+    loaded = load(arguments.config, overrides, world_size)
+    check(arguments)
+    layout = Layout.from_config(loaded.config.parallel, world_size)
+    if arguments.nproc > 1 and not launched():
+        command = [sys.executable, "-m", "megatron_vl", "filter", *argv]
+        return run_local(command, layout, beats_folder(loaded.config), stop_seconds(loaded.config))
+    return filter_prompts(loaded, layout, arguments)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of ``filter``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_vl filter", description="Keep the prompts that are worth training on."
+    )
+    parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder to write; a folder that was begun is gone on with"
+    )
+    parser.add_argument("--samples", type=int, default=24, help="responses to each prompt (default 24)")
+    parser.add_argument("--min-rate", type=float, default=0.0, help="keep above this acceptance (default 0)")
+    parser.add_argument("--max-rate", type=float, default=1.0, help="keep below this acceptance (default 1)")
+    parser.add_argument("--nproc", type=int, default=1, help="start this many local ranks (default 1)")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for numbers that keep nothing or mean nothing."""
+    if arguments.samples < 2:
+        raise ConfigError(
+            f"--samples {arguments.samples}: must be at least 2, or every prompt is all or nothing"
+        )
+    if not 0 <= arguments.min_rate < arguments.max_rate <= 1:
+        raise ConfigError(
+            f"--min-rate {arguments.min_rate:g} --max-rate {arguments.max_rate:g}: must be 0 <= min < max <= 1"
+        )
+
+
+def filter_prompts(loaded, layout: Layout, arguments: argparse.Namespace) -> int:
+    """Be one rank. Returns 0 at the end, 75 when it was stopped and may be started again."""
+    config, rank = loaded.config, read_environment().rank
+    stop, phase = StopRequest(), Phase("importing libraries")
+    stop.listen(config.train.exit_duration_minutes, speaks=rank == 0)
+    with Heartbeat(beats_folder(config), layout, rank, phase, slow_seconds(config.parallel)) as heartbeat:
+        from megatron_vl.parallel.runtime import reported, start_from_environment
+        from megatron_vl.rl.run import prepare
+
+        phase.enter("joining the other ranks")
+        with (
+            start_from_environment(config.parallel, config.train.seed) as runtime,
+            reported(runtime, phase, heartbeat),
+        ):
+            run = prepare(loaded, runtime, phase)
+            run.stop = stop
+            try:
+                run_filter(run, arguments)
+            finally:
+                run.close()
+                stop.ignore()
+    return STOPPED if stop.agreed else 0
+
+
+def run_filter(run: RlRun, arguments: argparse.Namespace) -> None:
+    """All groups that are not done, then the kept prompts and the report."""
+    run.stop.defer()
+    size, folder = run.config.rl.rollout.prompts_per_iteration, run.folder
+    groups = range(0, len(run.prompts), size)
+    done = groups_done(run, len(groups))
+    for group, start in enumerate(groups):
+        if group in done:
+            continue
+        pool = folder / "responses" / f"{iteration_name(group)}.jsonl"
+        run.phase.enter("reading prompts", group, run.step_seconds)
+        prompts, refused = run.prompts.read(range(start, min(start + size, len(run.prompts))))
+        run.refused.add(refused)
+        collected = collect(run, prompts, arguments.samples, group, folder / "journal", run.config.train.seed)
+        if collected is None:
+            run.say(
+                f"stopped after {group} of {len(groups)} groups; start the same command again to continue"
+            )
+            return
+        if run.runtime.rank == 0:
+            write_group(pool, collected, arguments, run.config.rl.rewards.accept_at)
+        run.say(f"filter: {min(start + size, len(run.prompts))} of {len(run.prompts)} prompts")
+    if run.runtime.rank == 0:
+        run.say(finish(folder, len(groups)))
+
+
+def groups_done(run: RlRun, groups: int) -> set[int]:
+    """Groups that earlier starts have finished, as rank 0 sees them."""
+    found: list = [set()]
+    if run.runtime.rank == 0:
+        folder = run.folder / "responses"
+        found[0] = {group for group in range(groups) if (folder / f"{iteration_name(group)}.jsonl").exists()}
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def write_group(pool: Path, collected: Collected, arguments: argparse.Namespace, accept_at: float) -> None:
+    """The group's kept prompts first, then its responses, whose file says that the group is done."""
+    results = [(s.response.prompt_id, s.reward.score, s.reward.masked) for s in collected.scored]
+    table = by_prompt(results, accept_at)
+    lines = {s.response.prompt_id: s for s in collected.scored}
+    records = [
+        prompt_record(lines[name], acceptance, keeps(acceptance, arguments.min_rate, arguments.max_rate))
+        for name, acceptance in table.items()
+    ]
+    write_lines(pool.parent.parent / "prompts" / pool.name, records)
+    write_lines(
+        pool, [{**rollout_record(s, {}), "tokens": list(s.response.tokens)} for s in collected.scored]
+    )
+
+
+def prompt_record(scored: Scored, acceptance: Acceptance, kept: bool) -> dict:
+    """The line of a prompt as it was, with what was found out."""
+    found = {
+        "class": acceptance.kind,
+        "accepted": acceptance.accepted,
+        "responses": len(acceptance.rewards),
+        "masked": acceptance.masked,
+        "mean_score": sum(acceptance.rewards) / max(len(acceptance.rewards), 1),
+    }
+    return {
+        **json.loads(scored.prompt.line.data),
+        "id": scored.response.prompt_id,
+        "acceptance": found,
+        "kept": kept,
+    }
+
+
+def finish(folder: Path, groups: int) -> str:
+    """Write kept.jsonl and report.json; the report as a line. Counts are over all groups, this start's and earlier."""
+    records = [
+        json.loads(line)
+        for group in range(groups)
+        for line in (folder / "prompts" / f"{iteration_name(group)}.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
+    kept = [{k: v for k, v in record.items() if k != "kept"} for record in records if record["kept"]]
+    write_lines(folder / "kept.jsonl", kept)
+    classes = Counter(record["acceptance"]["class"] for record in records)
+    report = {"prompts": len(records), "kept": len(kept), "classes": dict(sorted(classes.items()))}
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(classes.items()))
+    return f"kept {len(kept)} of {len(records)} prompts ({listed}); {folder / 'kept.jsonl'}"
+
+
+def write_lines(path: Path, records: Sequence[dict]) -> None:
+    """A JSON-lines file, complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,120 @@
+"""A whole run of reinforcement learning: draws, verifies, learns, saves, resumes, alike in every layout."""
+
+import pytest
+
+from megatron_vl.errors import ConfigErrors
+from megatron_vl.rl.command import load
+from tests.rl.loop_on_ranks import reinforce
+from tests.rl.tiny_rl import curve, prepare_files, trained_samples, write_rl_config
+from tests.train.tiny_run import read_lines
+
+LAYOUTS = {
+    "1": (1, []),
+    "tp2pp2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]),
+    "dp2cp2": (4, ["parallel.context_parallel_size=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_files(tmp_path_factory.mktemp("rl"))
+
+
+def run(world, config, layout="1", *overrides, spoil=""):
+    ranks, keys = LAYOUTS[layout]
+    return world.run(ranks, reinforce, load(str(config), [*keys, *overrides], ranks), spoil)
+
+
+@pytest.fixture(scope="module")
+def whole(world, data):
+    """The folder of a run on one rank, and what it saw."""
+    config = write_rl_config(data, data / "whole", eval_interval=3)
+    return data / "whole", run(world, config)[0]
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    folder, seen = whole
+    assert seen.error == "" and seen.progress.step == 3 and seen.progress.samples == 48
+    metrics = [r for r in read_lines(folder / "metrics.jsonl") if "reward/mean" in r]
+    assert [r["step"] for r in metrics] == [1, 2, 3]
+    assert 0 < metrics[0]["reward/mean"] < 1, "rewards that do not differ teach nothing"
+    for name in (
+        "reward/source/count", "prompts/some_accept", "length/truncated_rate", "policy/approx_kl_k3",
+        "policy/clip_fraction", "policy/entropy", "policy/mismatch_max", "critic/explained_variance", "seconds/learn",
+        "tokens_per_second_per_gpu", "features/computed",
+    ):  # fmt: skip
+        assert all(name in r for r in metrics), name
+    assert metrics[0]["policy/mismatch_max"] < 1e-5
+    assert [r["step"] for r in read_lines(folder / "metrics.jsonl") if "eval/reward/mean" in r] == [0, 3]
+    assert [len(part) for part in trained_samples(folder)] == [16, 16, 16]
+    assert "reward" in (folder / "rollouts" / "iteration_000001.html").read_text()
+    assert sorted(p.name for p in (folder / "journal").iterdir()) == ["iteration_000001", "iteration_000002"]
+    assert "iteration 3/3 | reward" in seen.printed and "eval at iteration 3" in seen.printed
+
+
+def test_frozen_means_frozen_and_features_are_computed_once(whole):
+    folder, seen = whole
+    assert seen.vision[0] == seen.vision[1] and not seen.vision_is_optimized
+    last = read_lines(folder / "metrics.jsonl")[-2]
+    assert last["features/computed"] == len({p.name for p in folder.parent.glob("*_*.*g")}) == 8
+
+
+@pytest.mark.parametrize("layout", ["tp2pp2", "dp2cp2"])
+def test_layouts_draw_and_learn_alike(world, data, whole, tmp_path, layout):
+    config = write_rl_config(data, tmp_path / "run", iterations=2)
+    seen = run(world, config, layout)
+    assert [one.error for one in seen] == [""] * 4 and len({one.progress for one in seen}) == 1
+    expected, got = curve(whole[0]), curve(tmp_path / "run")
+    for iteration in (1, 2):
+        assert got[iteration] == pytest.approx(expected[iteration], rel=1e-3, abs=1e-6)
+    texts = [[sample[:3] + sample[4:] for sample in part] for part in trained_samples(tmp_path / "run")]
+    assert texts == [[s[:3] + s[4:] for s in part] for part in trained_samples(whole[0])][:2]
+
+
+def test_stopped_while_drawing_and_resumed(world, data, whole, tmp_path):
+    """What was drawn before the stop is not drawn again, and the curve is that of the run that was left alone."""
+    config = write_rl_config(data, tmp_path / "run")
+    first = run(world, config, "1", "rl.iterations=1")[0]
+    stopped = run(world, config, spoil="stop")[0]
+    assert stopped.progress.step == 1 and "stopped on SIGTERM after iteration 1" in stopped.printed
+    resumed = run(world, config)[0]
+    assert first.progress.step == 1 and resumed.progress.step == 3 and "resumed from" in resumed.printed
+    records = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in r]
+    assert [r["journal/resumed"] for r in records] == [0, 8, 0]
+    assert curve(tmp_path / "run") == pytest.approx(curve(whole[0]), abs=1e-6)
+    assert trained_samples(tmp_path / "run") == trained_samples(whole[0])
+
+
+def test_a_verifier_that_fails_stops_the_run_before_anything_is_learnt(world, data, tmp_path):
+    config = write_rl_config(data, tmp_path / "run")
+    (seen,) = run(world, config, spoil="verifier")
+    assert "16 of 16 verdicts" in seen.error or "verdicts of this iteration are missing" in seen.error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not curve(tmp_path / "run")
+
+
+def test_other_prompts_are_refused_when_a_run_goes_on(world, data, tmp_path):
+    config = write_rl_config(data, tmp_path / "run", iterations=1)
+    run(world, config)
+    (seen,) = run(world, config, "1", "data.seed=9")
+    assert seen.error.startswith("CheckpointError") and "other prompts would come" in seen.error
+
+
+def test_strict_on_policy(world, data, tmp_path):
+    config = write_rl_config(
+        data, tmp_path / "run", iterations=2,
+        ppo={"strict_on_policy": True, "mini_batches": 1, "ratio_mode": "detached"},
+    )  # fmt: skip
+    (seen,) = run(world, config)
+    assert seen.error == ""
+    for r in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        ratios = [r[f"policy/{n}"] for n in ("ratio_min", "ratio_max", "clip_fraction")]
+        assert ratios == [1.0, 1.0, 0.0] and r["samples/stale"] == 0
+
+
+def test_what_a_run_needs_is_said_at_once(data):
+    config = write_rl_config(data, data / "none")
+    with pytest.raises(ConfigErrors) as error:
+        load(str(config), ["rl.prompts=[]", "train.init_from=none", "model.freeze_vision=false", "rl.eval_interval=2",
+                           "rl.eval_prompts=[]"], 1)  # fmt: skip
+    for key in ("rl.prompts", "train.init_from", "model.freeze_vision", "rl.eval_prompts"):
+        assert f"  {key} = " in str(error.value)

@@ -130,8 +130,9 @@ def in_natural_order(
         if cp.size() == 1:
             whole.copy_(mine)
         else:
-            parts_of = mine.new_empty((cp.size(), *mine.shape))
-            dist.all_gather_into_tensor(parts_of, mine.contiguous(), group=cp)
+            flat = mine.new_empty((cp.size() * mine.shape[0], *mine.shape[1:]))
+            dist.all_gather_into_tensor(flat, mine, group=cp)
+            parts_of = flat.view(cp.size(), *mine.shape)
             for number, item in enumerate(batches):
                 bounds = tuple(item.batch.cu_seqlens or (0, shape[-1]))
                 order = global_order(bounds, cp.size(), mine.device)

@@ -95,9 +95,7 @@ def test_policy_loss_is_numpys(dual, tis, clips):
 
 def test_kl_and_entropy_are_added_with_their_weights():
     made = tokens([-1.0, -2.0], [0.5, -0.5], old=[-1.0, -2.0])
-    made = replace(
-        made, reference_logprobs=torch.tensor([-1.5, -1.0]), entropy=torch.tensor([0.7, 0.1])
-    )
+    made = replace(made, reference_logprobs=torch.tensor([-1.5, -1.0]), entropy=torch.tensor([0.7, 0.1]))
     bare = policy_terms(made, PLAIN).loss.detach().numpy()
     for form in ("k2", "k3"):
         config = replace(PLAIN, kl_coef=0.5, kl_form=form, entropy_coef=0.1)
@@ -116,7 +114,10 @@ def test_kl_estimates(form):
 
 def test_kl_estimates_are_of_the_kl():
     """Two distributions over five words; the mean under p, exactly. k2 is only near."""
-    p, q = (torch.tensor(x, dtype=torch.float64) for x in ([0.2, 0.3, 0.1, 0.25, 0.15], [0.25, 0.2, 0.15, 0.2, 0.2]))
+    p, q = (
+        torch.tensor(x, dtype=torch.float64)
+        for x in ([0.2, 0.3, 0.1, 0.25, 0.15], [0.25, 0.2, 0.15, 0.2, 0.2])
+    )
     exact = (p * (p / q).log()).sum()
     for form, tolerance in (("k1", 1e-12), ("k3", 1e-12), ("k2", 5e-3)):
         assert abs((p * kl_estimate(p.log(), q.log(), form)).sum() - exact) < tolerance

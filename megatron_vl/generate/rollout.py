@@ -47,7 +47,6 @@ class LocalRollouts:
         refuse_large(parts.config.model, large or parts.config.generate.allow_large_model)
         self.parts, self.tick = parts, tick
         self.sampler = Sampler(parts, features, self._progress)
-        self._version: str | None = None
         self._tokens = 0
 
     @property

@@ -12,16 +12,23 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import Row, collate
 from megatron_vl.errors import ConfigError
 from megatron_vl.generate.features import encode
-from megatron_vl.generate.request import Prompt, Request, Response, SamplingParams, forbidden_ids
+from megatron_vl.generate.request import (
+    Prompt,
+    Request,
+    Response,
+    SamplingParams,
+    forbidden_ids,
+    requests_for,
+)
 from megatron_vl.generate.rollout import LocalRollouts
 from megatron_vl.generate.weight_version import weight_version
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.parallel.runtime import choose_device, start
-from megatron_vl.parity.reference import Document
+from megatron_vl.parity.reference import Document, micro_batches
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 from megatron_vl.train.build import Parts, build
-from megatron_vl.train.step import run_schedule, stage_inputs
+from megatron_vl.train.step import run_schedule, stage_inputs, train_step
 from tests.fixtures.small import RandomWeights
 
 
@@ -226,3 +233,22 @@ def backend_on_rank(config: RunConfig) -> str:
     except ConfigError as error:
         return str(error)
     return "taken"
+
+
+def trained_on_rank(
+    config: RunConfig, batches: Any, asked: Sequence[Asked], sampling: bool
+) -> tuple[list, list[str]]:
+    """(loss, gradient norm) of three optimizer steps, with sampling in between or without; weight versions."""
+    parts = model_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    seen, versions = [], []
+    for number in range(3):
+        if sampling:
+            rollouts = LocalRollouts(parts, features_of(parts, asked))
+            responses = rollouts.generate(
+                list(requests_for([one.prompt for one in asked], 2, number)), SamplingParams(4)
+            )
+            versions.append(responses[0].weight_version)
+        result = train_step(parts, feed, 1e-3)
+        seen.append((result.loss, result.grad_norm))
+    return seen, versions

@@ -51,7 +51,13 @@ def test_each_image_is_computed_once(single):
 
 
 @pytest.mark.parametrize(
-    ("layout", "placement"), [("dp2", "data"), ("tp2pp2", "data"), ("tp2cp2", "tensor"), ("cp2", "data")]
+    ("layout", "placement"),
+    [
+        ("dp2", "data"),
+        ("tp2cp2", "tensor"),
+        pytest.param("tp2pp2", "data", marks=pytest.mark.slow),
+        pytest.param("cp2", "data", marks=pytest.mark.slow),
+    ],
 )
 def test_all_ranks_share_the_work_and_get_the_same(world, data, tmp_path, single, layout, placement):
     ranks, config = run_of(layout, data, placement)

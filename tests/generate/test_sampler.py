@@ -16,17 +16,21 @@ from megatron_vl.generate.request import (
     requests_for,
     sample_seed,
 )
+from megatron_vl.generate.rollout import MEET_EVERY
 from megatron_vl.parity.layouts import parse_layout
 from megatron_vl.parity.reference import documents, read_reference
 from tests.fixtures.small import SMALL, make_documents
 from tests.fixtures.unseen import no_token_table, six_heads, three_layers
+from tests.generate.faults import FAULTS, allowed_on_rank, planted_on_rank
 from tests.generate.on_ranks import (
     asked_of,
     backend_on_rank,
     plain_on_rank,
     responses_on_rank,
     sampled_and_scored_on_rank,
+    trained_on_rank,
 )
+from tests.model.on_ranks import run_of as described
 
 TOLERANCE = 1e-5  # between log-probabilities in fp32, as promised in docs/generation.md
 # 50 prompts of 3 to 60 tokens: two images, crops in rows and columns, a small image, none.
@@ -34,7 +38,15 @@ SPECS = [([(1, 2), (0, 0)], 6), ([], 9), ([(2, 1)], 7), ([(0, 0)], 3), ([], 24)]
 ASKED = [asked_of(document, SMALL) for document in make_documents(SMALL, SPECS)]
 ENDS = tuple(range(256, 330))  # many, so that rows end at different times
 GREEDY = SamplingParams(8, temperature=0.0, stop_ids=ENDS)
-LAYOUTS = ("1", "tp2", "pp2", "tp2pp2sp", "dp2", "cp2", "pp2vpp2")
+SLOW = pytest.mark.slow
+LAYOUTS = (
+    "1",
+    "tp2pp2sp",
+    "dp2",
+    "cp2",
+    "pp2vpp2",
+    *(pytest.param(name, marks=SLOW) for name in ("tp2", "tp4", "pp2")),
+)
 
 
 def run_of(layout: str, model=SMALL, placement: str = "data", **changes) -> tuple[int, RunConfig]:
@@ -92,10 +104,21 @@ def test_batch_sizes_recompute_and_placement_change_nothing(world, plain, layout
     assert_equal(found, [plain[i] for i in chosen])
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(world, plain, fault):
+    chosen = [0, 1, 2, 3, 4, 11, 19, 33]
+    requests = list(requests_for([ASKED[i].prompt for i in chosen], 1, 0))
+    found = world.run(
+        1, planted_on_rank, fault, run_of("1")[1], [ASKED[i] for i in chosen], requests, GREEDY
+    )[0]
+    with pytest.raises(AssertionError):
+        assert_equal(found, [plain[i] for i in chosen])
+
+
 FEW = [ASKED[i] for i in (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2pp2sp", "cp2", "dp2"])
+@pytest.mark.parametrize("layout", ["1", "tp2pp2sp", "cp2", pytest.param("dp2", marks=SLOW)])
 def test_logprobs_are_those_of_the_training_forward_in_the_same_layout(world, layout):
     ranks, config = run_of(layout)
     params = SamplingParams(6, 0.8, top_p=0.9, top_k=50)
@@ -121,7 +144,7 @@ def drawn(world):
     return requests, sample(world, "1", FEW, requests, DRAWN)
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2", "pp2", "cp2"])
+@pytest.mark.parametrize("layout", ["1", "cp2", *(pytest.param(name, marks=SLOW) for name in ("tp2", "pp2"))])
 def test_a_response_is_drawn_again_from_its_seed_in_other_company(world, drawn, layout):
     requests, responses = drawn
     assert len({(r.prompt_id, r.tokens) for r in responses}) > 9  # samples of a prompt differ
@@ -148,6 +171,9 @@ def test_structural_ids_are_never_drawn_and_stop_ids_end_a_response(world):
     ids = [token for response in responses for token in response.tokens]
     assert len(ids) > 1500 and len(set(ids)) > 450
     assert not set(ids) & set(forbidden_ids(SMALL)) and max(ids) < SMALL.text.vocab_size
+    hot = run_of("1")[1], FEW[:1], requests, SamplingParams(12, 1000.0, stop_ids=ends)
+    allowed = world.run(1, allowed_on_rank, *hot)[0]
+    assert {token for response in allowed for token in response.tokens} & set(forbidden_ids(SMALL))
     stopped = [response for response in responses if response.finish_reason == STOP]
     assert len(stopped) >= 3
     for response in responses:
@@ -163,6 +189,26 @@ def test_a_response_has_at_most_max_tokens(world, limit):
         assert len(response.tokens) == len(response.logprobs) == limit and response.finish_reason == LENGTH
 
 
+@pytest.mark.parametrize("layout", ["1", "tp2pp2sp"])
+def test_training_goes_on_as_if_nothing_had_been_sampled(world, layout):
+    documents = make_documents(SMALL, SPECS[:4])
+    config, batches, place = described(SMALL, layout, "data", documents)
+    (plain, _), (found, versions) = (
+        world.run(place.world_size, trained_on_rank, config, batches, FEW, sampling)[0]
+        for sampling in (False, True)
+    )
+    assert found == plain and plain[2][0] < plain[0][0]
+    assert len(set(versions)) == 3  # every step makes another one
+
+
+def test_ranks_that_end_early_wait_for_the_others(world, plain):
+    """One row at a time: more tokens in a row than ranks draw between two meetings, and not equally many."""
+    requests = list(requests_for([one.prompt for one in ASKED], 1, 0))
+    assert sum(len(tokens) for tokens, _ in plain) > 3 * MEET_EVERY
+    found = sample(world, "dp2", ASKED, requests, GREEDY, generate=GenerateConfig(max_rows=1))
+    assert_equal(found, plain)
+
+
 def test_nothing_asked_nothing_drawn_also_on_ranks_without_a_request(world):
     assert sample(world, "dp2", [], [], DRAWN) == []
     (response,) = sample(world, "dp2", FEW[1:2], [Request(FEW[1].prompt, 0, 3)], DRAWN)
@@ -170,7 +216,12 @@ def test_nothing_asked_nothing_drawn_also_on_ranks_without_a_request(world):
 
 
 @pytest.mark.parametrize(
-    ("make", "layout"), [(six_heads, "tp2"), (three_layers, "pp2"), (no_token_table, "1")]
+    ("make", "layout"),
+    [
+        (six_heads, "tp2"),
+        pytest.param(three_layers, "pp2", marks=SLOW),
+        pytest.param(no_token_table, "1", marks=SLOW),
+    ],
 )
 def test_unseen_models(world, tmp_path, make, layout):
     folder = make(tmp_path / "model")

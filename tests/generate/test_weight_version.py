@@ -21,7 +21,13 @@ def version(world, layout: str, placement: str = "data", change: float = 1e-6) -
 
 @pytest.mark.parametrize(
     ("layout", "placement"),
-    [("tp2", "data"), ("tp2pp2sp", "tensor"), ("dp2cp2", "data"), ("pp2vpp2", "data"), ("dp2tp4", "data")],
+    [
+        ("tp2pp2sp", "tensor"),
+        ("dp2tp4", "data"),
+        pytest.param("tp2", "data", marks=pytest.mark.slow),
+        pytest.param("dp2cp2", "data", marks=pytest.mark.slow),
+        pytest.param("pp2vpp2", "data", marks=pytest.mark.slow),
+    ],
 )
 def test_layouts_agree_and_updates_change_it(world, layout, placement):
     before, after = version(world, "1")

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_vl.config.load import load_run
 from megatron_vl.errors import ConfigErrors
+from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.rl_checks import check_ready_for_rl, check_rl
 
 BAD = {
@@ -39,6 +40,11 @@ def test_contradictions(overrides):
     assert [str(problem) for problem in check_rl(config.rl)] == BAD[overrides]
 
 
+def test_every_run_is_checked():
+    with pytest.raises(ConfigErrors, match="rl.critic.updates = 6: must be a multiple"):
+        load_checked_run(None, ["preset=step3_vl_tiny", "rl.critic.updates=6"])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -66,9 +72,9 @@ def test_the_vision_part_must_be_frozen_and_the_decoder_must_not():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rl.ppo.gamma=0", "rl.ppo.gamma = 0.0: must be greater than 0; change the value"),
+        ("rl.ppo.gamma=0", "rl.ppo.gamma = 0: must be greater than 0; change the value"),
         ("rl.ppo.lambda_actor=1.5", "rl.ppo.lambda_actor = 1.5: must be at most 1; change the value"),
-        ("rl.ppo.kl_form=k1", "rl.ppo.kl_form = k1: must be one of k2, k3; did you mean k2?"),
+        ("rl.ppo.kl_form=k1", "rl.ppo.kl_form = k1: must be one of k2, k3; choose one of them"),
         ("rl.ppo.mini_batch=2", "rl.ppo.mini_batch: unknown key; did you mean rl.ppo.mini_batches?"),
     ],
 )

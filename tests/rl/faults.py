@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -83,7 +84,7 @@ def normalised_per_rank():
     """Advantages are whitened with the sums of one data-parallel rank."""
     from megatron_vl.rl import learn
 
-    return patch.object(learn.dist, "all_reduce", lambda *args, **kwargs: None)
+    return patch.object(learn, "dist", SimpleNamespace(all_reduce=lambda values, group: None))
 
 
 FAULTS = {

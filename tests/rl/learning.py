@@ -15,7 +15,7 @@ from megatron_vl.checkpoint.saver import Saver
 from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.config.dump import to_yaml
 from megatron_vl.config.schema import CheckpointConfig, RunConfig
-from megatron_vl.parallel.runtime import choose_device, start
+from megatron_vl.parallel.runtime import Runtime, choose_device, start
 from megatron_vl.rl.build import ACTOR, CRITIC, Models, build_models
 from megatron_vl.rl.learn import Learnt, learn
 from megatron_vl.rl.offload import Turns
@@ -27,9 +27,12 @@ from tests.rl.made import VERSION, features_of
 from tests.rl.on_ranks import batches_of
 
 
-def models_of(config: RunConfig) -> Models:
-    runtime = start(config.parallel, config.train.seed, choose_device("cpu"))
-    return build_models(config, runtime, RandomWeights(config.model))
+def runtime_of(config: RunConfig) -> Runtime:
+    return start(config.parallel, config.train.seed, choose_device("cpu"))
+
+
+def models_of(config: RunConfig, runtime: Runtime | None = None) -> Models:
+    return build_models(config, runtime or runtime_of(config), RandomWeights(config.model))
 
 
 def vision_weights(parts: Parts) -> dict[str, torch.Tensor]:
@@ -97,9 +100,9 @@ def state_of(models: Models) -> dict[str, torch.Tensor]:
 
 def turns_on_rank(config: RunConfig, trajectories: Sequence[Trajectory], fault: bool) -> dict[str, object]:
     """The same iteration with models that take turns, and with models that stay; whether all is equal after it."""
-    results = []
+    results, runtime = [], runtime_of(config)
     for stays in (False, True):
-        models = models_of(config)
+        models = models_of(config, runtime)
         held = {name: model.bytes_held for name, model in models.turns.models.items()}
         if stays:
             models.turns.all_here()

@@ -87,20 +87,28 @@ def plan_of(
 
 def open_domains(config: RunConfig, say: Callable[[str], None]) -> list[Source]:
     """The samples of each domain; indexes of files are kept in the run folder, or in packing.index_dir."""
-    data = config.data
-    folder = data.packing.index_dir or str(Path(config.run_dir) / "data_index")
-    return [
-        open_source(
-            domain.paths,
-            domain.format,
-            cache_dir=str(Path(folder) / "files"),
-            index_workers=max(1, data.packing.index_workers),
-            say=say,
-            action_schema=domain.action_schema,
-            token_rule=TokenRule.for_model(config.model),
-        )
-        for domain in training_domains(data.train, data.domains)
-    ]
+    domains = training_domains(config.data.train, config.data.domains)
+    return [open_domain(domain, config, str(files_folder(config)), say) for domain in domains]
+
+
+def open_domain(
+    domain: DomainConfig, config: RunConfig, cache_dir: str | None, say: Callable[[str], None]
+) -> Source:
+    """The samples of one domain. cache_dir: for the indexes of its files; None = keep none."""
+    return open_source(
+        domain.paths,
+        domain.format,
+        cache_dir=cache_dir,
+        index_workers=max(1, config.data.packing.index_workers),
+        say=say,
+        action_schema=domain.action_schema,
+        token_rule=TokenRule.for_model(config.model),
+    )
+
+
+def files_folder(config: RunConfig) -> Path:
+    """Where the indexes of a run's files are kept."""
+    return Path(config.data.packing.index_dir or Path(config.run_dir) / "data_index") / "files"
 
 
 def _reading(domain: DomainConfig) -> str:

@@ -24,7 +24,8 @@ class Row:
     """One document before collation.
 
     ids, labels: int64 [n], labels not shifted. view_kinds: CROP or GLOBAL per view in token-stream order.
-    refused: why the document is empty, None for a good one and for filler.
+    refused: why the document is empty, None for a good one and for filler. left_out: reasons of the images that a
+    page goes without.
     """
 
     sample_id: str
@@ -32,6 +33,7 @@ class Row:
     labels: np.ndarray
     view_kinds: tuple[int, ...] = ()
     refused: BadSample | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def empty_row(sample_id: str, refused: BadSample | None = None) -> Row:

@@ -123,11 +123,16 @@ def _silent(line: str) -> None:
 
 
 def sample_order(config: RunConfig, loader: Loader) -> str:
-    """What decides which samples step k trains on; it must not change when a run is resumed."""
+    """What decides which samples step k trains on; it must not change when a run is resumed.
+
+    Contents count, places and times do not: a copy of the data is the same data, an edited file is not.
+    """
     micro_batches = loader.micro_batches
     if isinstance(micro_batches, PackedMicroBatches):
         return order_description(micro_batches.plan)
+    source = micro_batches.source
     files = [
-        f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)" for f in micro_batches.source.describe()
+        f"{Path(f['path']).name} ({f['samples']} samples, {f['bytes']} bytes, sha256 {sha256[:16]})"
+        for f, sha256 in zip(source.describe(), source.digests(), strict=True)
     ]
     return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"

@@ -81,6 +81,12 @@ class RecomputeConfig:
     decoder_num_layers: int = key("layers per recomputed group, for full", 1, at_least=1)
     vision: str = key("none; full = whole blocks of the tower", "none", choices=("none", "full"))
     vision_num_layers: int = key("blocks per recomputed group, for full", 1, at_least=1)
+    vision_chunk_views: int | None = key(
+        "views that the tower encodes at once; each chunk is computed again in the backward pass, so that the "
+        "activations of one chunk are alive; none = all views, kept",
+        None,
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)

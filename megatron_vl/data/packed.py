@@ -25,6 +25,7 @@ from megatron_vl.data.plan_settings import TOO_MANY_VIEWS, PlanSettings
 from megatron_vl.data.row_plan import PlannedDocument, PlannedRow, RowPlan, assign_rows
 from megatron_vl.data.rows import PlannedImage, RowBuilder
 from megatron_vl.errors import DataError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 
 REFUSED_WHEN_INDEXED = "refused_when_indexed"
@@ -100,7 +101,8 @@ class PackedMicroBatches(Dataset):
         batch = self._joined([row for row, _ in built])
         if self.place.vision_rank is None:
             return batch
-        share = share_views(batch.view_kinds, self.place.vision_size)[self.place.vision_rank]
+        costs = view_costs(self.builder.model)
+        share = share_views(batch.view_kinds, self.place.vision_size, costs)[self.place.vision_rank]
         # A refused document has no place in a packed row, and no image.
         images = [images for row, images in built if len(row.ids) or not self.plan.settings.packed]
         return self.builder.with_pixels(batch, images, share)

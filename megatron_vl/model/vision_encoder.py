@@ -30,13 +30,14 @@ class LayerScaleResidual(torch.nn.Module):
         self.gamma = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype))
 
     def forward(self, training: bool, fused: bool):
-        del fused  # one form only; csrc/ may bring a fused one
+        del training, fused  # one form only; csrc/ may bring a fused one
 
         def add(x_with_bias, residual: torch.Tensor, dropout: float) -> torch.Tensor:
             assert dropout == 0.0, "the tower has no dropout"
             x, bias = x_with_bias
-            # Megatron-Core calls the slot under enable_grad even in evaluation, which would keep a graph alive
-            with torch.set_grad_enabled(training and torch.is_grad_enabled()):
+            # Megatron-Core calls the slot under enable_grad even in evaluation and in the first pass of a
+            # recomputed chunk, which would keep a graph alive; what comes in knows better
+            with torch.set_grad_enabled(x.requires_grad or residual.requires_grad):
                 return residual + self.gamma * (x if bias is None else x + bias)
 
         return add

@@ -58,10 +58,10 @@ def build(
     decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
-    loss_chunk = config.train.loss_chunk_tokens
+    chunks_of = (config.train.loss_chunk_tokens, config.recompute.vision_chunk_views)
     bare = [
         Step3VL(
-            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, loss_chunk
+            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, *chunks_of
         )
         for i, stage in enumerate(mine)
     ]

@@ -8,10 +8,15 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_vl.parallel.context_parallel import gather_features, gather_sequence, local_index
+from megatron_vl.parallel.context_parallel import gather_sequence, local_index
+from megatron_vl.parallel.feature_exchange import exchange_features
+from megatron_vl.parallel.feature_plan import owners, plan_exchange
+from megatron_vl.plan.layout import Coords, Layout
+from megatron_vl.plan.vision_share import share_views
 from tests.parallel.naive import naive_attention
 
 
@@ -107,25 +112,36 @@ def sequence_exchange(bounds: tuple[int, ...]) -> dict[str, bool]:
     return {"forward": torch.equal(out, whole), "backward": torch.allclose(mine.grad, expected, atol=1e-6)}
 
 
-def feature_exchange(counts: list[int], cp: int) -> dict[str, bool]:
-    """`gather_features` over all ranks; consecutive ranks form tensor-parallel groups of size / cp.
+def feature_exchange(layout: Layout, kinds: list[int], bounds: list[int], first: int, trained: bool = True):
+    """`exchange_features` over all ranks against the whole tensor, which every rank can make.
 
-    Tensor-parallel ranks hold the same gradient of a feature, context-parallel ranks parts of it.
+    The features take the positions from `first` on; crops have 2 rows, globals 5. Owners that are copies have equal
+    gradients. Returns what held on this rank, and how many rows it encoded and owned.
     """
-    size, rank = dist.get_world_size(), dist.get_rank()
-    tp = size // cp
-    columns = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
+    rank, tokens, costs = dist.get_rank(), (2, 5), (2, 5)
+    shares, rows = share_views(kinds, layout.vision_size, costs), [tokens[kind] for kind in kinds]
+    positions = np.arange(first, first + sum(rows))
+    plan = plan_exchange(kinds, shares, tokens, (positions * 0, positions), bounds, layout, rank)
     generator = torch.Generator().manual_seed(2)
-    whole = torch.randn(sum(counts), 4, generator=generator)
-    parts = torch.randn(cp, sum(counts), 4, generator=generator)
-    begin, end = sum(counts[:rank]), sum(counts[: rank + 1])
-    mine = whole[begin:end].clone().requires_grad_()
-    out = gather_features(mine, counts, dist.group.WORLD, columns[rank % tp])
-    (out * parts[rank // tp]).sum().backward()
-    return {
-        "forward": torch.equal(out, whole),
-        "backward": torch.allclose(mine.grad, parts.sum(0)[begin:end], atol=1e-6),
-    }
+    whole, weight = (torch.randn(sum(rows), 4, generator=generator) for _ in range(2))
+    of_view = list(zip(whole.split(rows), weight.split(rows))) if kinds else []
+    mine = shares[layout.vision_rank(Coords(rank % layout.tp, rank // layout.tp, 0, 0))]
+    empty = torch.zeros(0, 4)
+    features = torch.cat([empty, *(of_view[view][0] for view in mine)]).requires_grad_(trained)
+    out = exchange_features(features, plan, dist.group.WORLD)
+    unit, local = owners(positions, bounds, layout)
+    owned = (unit == (rank if layout.sp else rank // layout.tp)).nonzero()[0]
+    where = {int(position): n for n, position in enumerate(plan.slot_positions)}
+    order = [where[int(local[row])] for row in owned]
+    held = {"forward": torch.equal(out[order], whole[owned]) and len(out) == len(owned)}
+    held["graph"] = out.requires_grad == trained
+    if trained:
+        scale = torch.zeros(len(owned), 4)
+        scale[order] = weight[owned]
+        (out * scale).sum().backward()
+        expected = torch.cat([empty, *(of_view[view][1] for view in mine)])
+        held["backward"] = torch.equal(features.grad, expected)
+    return held, features.shape[0], len(owned)
 
 
 def attention_errors(

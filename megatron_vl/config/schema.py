@@ -103,6 +103,21 @@ class DataConfig:
         "le",
         choices=("le", "lt"),
     )
+    image_mode: str = key(
+        "exact: pixels of the released processing in float; fast: in 8 bits, within 2.2 grey levels of it",
+        "exact",
+        choices=("exact", "fast"),
+    )
+    image_backend: str = key(
+        "who decodes and resizes: torch (with Pillow), or dali for image_mode fast",
+        "torch",
+        choices=("torch", "dali"),
+    )
+    dali_device: str = key(
+        "where dali decodes; mixed = on this rank's GPU; auto = mixed where CUDA is available",
+        "auto",
+        choices=("auto", "cpu", "mixed"),
+    )
     alpha: str = key(
         "transparent images: laid over white, or alpha dropped", "white", choices=("white", "drop")
     )

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vl.config.model import VisionConfig
+from megatron_vl.config.model import CLIP_MEAN, CLIP_STD, VisionConfig
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
 
 
@@ -56,6 +56,26 @@ def rotary_angles(grid: int, head_dim: int, base: float, device: torch.device) -
     row = per_position[:, None, :].expand(grid, grid, half)
     angles = torch.cat([column, row], dim=-1).reshape(grid * grid, 1, 1, head_dim)
     return angles.to(device=device, dtype=torch.float32)
+
+
+def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Views ``[n, 3, H, W]`` as the patch embedding takes them.
+
+    Bytes (``data.image_mode`` fast) are normalised here, in fp32 whatever ``dtype`` is, in the order of the released
+    processing; floats are normalised already.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels.to(dtype)
+    mean, std = _mean_and_std(pixels.device)
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 ``[3, 1, 1]`` each; kept, because making them waits for the device."""
+    return tuple(
+        torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD)
+    )
 
 
 def patchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
@@ -119,7 +139,10 @@ class VisionEncoder(MegatronModule):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop."""
+        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop.
+
+        pixels: floats that are normalised, or bytes.
+        """
         grid = pixels.shape[-1] // self.vision.patch_size
         hidden = self.embed(pixels, grid)
         angles = rotary_angles(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
@@ -130,7 +153,7 @@ class VisionEncoder(MegatronModule):
 
     def embed(self, pixels: torch.Tensor, grid: int) -> torch.Tensor:
         """Patch embedding plus position table, after ``ln_pre``: ``[grid * grid, n, width]``."""
-        patches, _ = self.conv1(patchify(pixels.to(self.conv1.weight.dtype), self.vision.patch_size))
+        patches, _ = self.conv1(patchify(normalised(pixels, self.conv1.weight.dtype), self.vision.patch_size))
         return self.ln_pre(patches + self.position_table(grid)[:, None, :])
 
     def position_table(self, grid: int) -> torch.Tensor:

@@ -109,12 +109,12 @@ class DataConfig:
         choices=("exact", "fast"),
     )
     image_backend: str = key(
-        "who decodes and resizes: torch (with Pillow), or dali for image_mode fast",
+        "who decodes: torch (Pillow), or dali (NVIDIA DALI, to be installed)",
         "torch",
         choices=("torch", "dali"),
     )
     dali_device: str = key(
-        "where dali decodes; mixed = on this rank's GPU; auto = mixed where CUDA is available",
+        "where dali decodes: mixed = on this rank's GPU; auto = mixed where there is one and image_mode is fast",
         "auto",
         choices=("auto", "cpu", "mixed"),
     )

@@ -101,7 +101,7 @@ def load_rgb(source: ImageSource, rule: DecodeRule = DecodeRule()) -> Image.Imag
         upright = image.transpose(turn) if turn is not None else image
         if upright.size != header.size:
             raise ImageRefused("corrupt", f"the header says {header.size}, the pixels {upright.size}")
-        return _to_rgb(upright, rule.alpha)
+        return to_rgb(upright, rule.alpha)
 
 
 def make_views(
@@ -236,7 +236,8 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _to_rgb(image: Image.Image, alpha: str) -> Image.Image:
+def to_rgb(image: Image.Image, alpha: str) -> Image.Image:
+    """8-bit RGB of an image of any mode; alpha: see `DecodeRule`. Errors: `ImageRefused` `unsupported_mode`."""
     try:
         if not _has_alpha(image):
             return image if image.mode == "RGB" else image.convert("RGB")  # no copy of what is RGB already

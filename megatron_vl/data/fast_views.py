@@ -24,33 +24,35 @@ from megatron_vl.errors import DataError
 
 
 def make_fast_views(
-    rgb: Image.Image,
+    pixels: torch.Tensor,
     plan: CropPlan,
     rule: CropRule = RELEASED,
     *,
     crops: Sequence[int] | None = None,
     with_global: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels of the views of one image, 8 bits, not normalised: arguments as `make_views`.
+    """Pixels of the views of one image, 8 bits, not normalised: other arguments as `make_views`.
 
-    Returns uint8 on CPU: global view [1 or 0, 3, G, G] and crops [n, 3, C, C]; the channels of a pixel lie
-    together in memory (channels last), as decoders write them.
+    pixels: uint8 [3, height, width] of the upright image, on any device, best channels last. Returns uint8 on CPU:
+    global view [1 or 0, 3, G, G] and crops [n, 3, C, C]; the channels of a pixel lie together in memory (channels
+    last), as decoders write them.
     """
-    if rgb.size != plan.size:
-        raise DataError(f"the image is {rgb.size}, its plan was made for {plan.size}")
+    size = (pixels.shape[2], pixels.shape[1])
+    if size != plan.size:
+        raise DataError(f"the image is {size}, its plan was made for {plan.size}")
     wanted = range(plan.num_crops) if crops is None else crops
     global_pixels = empty_views(int(with_global), rule.global_size)
     crop_pixels = empty_views(len(wanted), rule.crop_size)
     if not with_global and not wanted:
         return global_pixels, crop_pixels
     canvas = None
-    if is_thin(plan, rule):
-        picture = resize_whole(rgb, plan)
+    if _is_thin(plan, rule):
+        picture = resize_whole(Image.fromarray(pixels.permute(1, 2, 0).numpy(force=True)), plan)
         resized = pixels_of(picture)
         if wanted:
             canvas = pixels_of(stretch_to_canvas(picture, plan))
     else:
-        resized = _resize_whole(pixels_of(rgb), plan)
+        resized = _resize_whole(pixels, plan)
         if wanted:
             canvas = resize(resized, plan.canvas)
     if with_global:
@@ -60,7 +62,7 @@ def make_fast_views(
     return global_pixels, crop_pixels
 
 
-def is_thin(plan: CropPlan, rule: CropRule) -> bool:
+def _is_thin(plan: CropPlan, rule: CropRule) -> bool:
     """Whether the crops are enlarged after cutting, as those of very long images and of small long ones are."""
     return 0 < plan.window < rule.crop_size
 
@@ -80,9 +82,19 @@ def resize(pixels: torch.Tensor, size: Size) -> torch.Tensor:
     width, height = size
     if pixels.shape[1:] == (height, width):
         return pixels
+    if pixels.is_cuda:  # no 8-bit kernel there; never run on a GPU
+        return resize_in_float(pixels, size)
     return torch.nn.functional.interpolate(
         pixels[None], size=(height, width), mode="bilinear", antialias=True, align_corners=False
     )[0]
+
+
+def resize_in_float(pixels: torch.Tensor, size: Size) -> torch.Tensor:
+    """`resize` in float32, rounded at the end: what a GPU does, within the same tolerance."""
+    resized = torch.nn.functional.interpolate(
+        pixels[None].to(torch.float32), size=size[::-1], mode="bilinear", antialias=True, align_corners=False
+    )
+    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
 def cut(canvas: torch.Tensor, plan: CropPlan, wanted: Sequence[int], out: torch.Tensor) -> None:
@@ -103,6 +115,6 @@ def _resize_whole(pixels: torch.Tensor, plan: CropPlan) -> torch.Tensor:
 
 def _on_black(pixels: torch.Tensor, size: Size) -> torch.Tensor:
     """The pixels at the top left of a black canvas of `size` (width, height)."""
-    black = torch.zeros(size[1], size[0], 3, dtype=torch.uint8).permute(2, 0, 1)
+    black = torch.zeros(size[1], size[0], 3, dtype=torch.uint8, device=pixels.device).permute(2, 0, 1)
     black[:, : pixels.shape[1], : pixels.shape[2]] = pixels
     return black

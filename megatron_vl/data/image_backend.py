@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.crops import RELEASED, CropPlan, CropRule, check_limits, plan_crops
 from megatron_vl.data.decode import DecodeRule, ImageHeader, load_rgb, make_views, read_header
-from megatron_vl.data.fast_views import make_fast_views
+from megatron_vl.data.fast_views import make_fast_views, pixels_of
 from megatron_vl.data.image_checks import ImageSource
 from megatron_vl.errors import ImageRefused, raise_if_any
 from megatron_vl.plan.image_checks import check_dali, check_images
@@ -67,7 +68,22 @@ class ImageBackend:
 
         crops: indices of the wanted crops in the order asked for, None = all. The file is decoded even when no
         view is wanted: ranks that share out the views of an image must agree on whether it can be read.
+        Errors: as `picture` and `pixels`, and `corrupt` when the size is no longer the planned one.
         """
+        if self.mode == "fast":
+            pixels = self.pixels(source)
+            _check_size(plan, (pixels.shape[2], pixels.shape[1]))
+            return make_fast_views(pixels, plan, self.crop_rule, crops=crops, with_global=with_global)
+        rgb = self.picture(source)
+        _check_size(plan, rgb.size)
+        return make_views(rgb, plan, self.crop_rule, crops=crops, with_global=with_global)
+
+    def picture(self, source: ImageSource) -> Image.Image:
+        """Upright 8-bit RGB image of a file, for mode `exact`."""
+        raise NotImplementedError
+
+    def pixels(self, source: ImageSource) -> torch.Tensor:
+        """The same as uint8 [3, height, width] on any device, for mode `fast`."""
         raise NotImplementedError
 
     def zeros(self, crops: int, with_global: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,27 +97,20 @@ class ImageBackend:
 
 @dataclass(frozen=True)
 class PillowBackend(ImageBackend):
-    """Decoding by Pillow, resizing by Pillow and torch, on the CPU: `data.image_backend` torch."""
+    """Decoding by Pillow on the CPU: `data.image_backend` torch."""
 
-    def views(
-        self,
-        source: ImageSource,
-        plan: CropPlan,
-        *,
-        crops: Sequence[int] | None = None,
-        with_global: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ImageBackend.views`. Errors: as `load_rgb`."""
-        rgb = load_rgb(source, self.decode_rule)
-        if rgb.size != plan.size:
-            raise changed_since(plan, rgb.size)
-        make = make_fast_views if self.mode == "fast" else make_views
-        return make(rgb, plan, self.crop_rule, crops=crops, with_global=with_global)
+    def picture(self, source: ImageSource) -> Image.Image:
+        """See `ImageBackend.picture`. Errors: as `load_rgb`."""
+        return load_rgb(source, self.decode_rule)
+
+    def pixels(self, source: ImageSource) -> torch.Tensor:
+        """See `ImageBackend.pixels`. Errors: as `load_rgb`."""
+        return pixels_of(load_rgb(source, self.decode_rule))
 
 
-def changed_since(plan: CropPlan, size: tuple[int, int]) -> ImageRefused:
-    """The refusal of an image that no longer has the size that its views were planned for."""
-    return ImageRefused("corrupt", f"the image is {size}, it was {plan.size} when its views were planned")
+def _check_size(plan: CropPlan, size: tuple[int, int]) -> None:
+    if size != plan.size:
+        raise ImageRefused("corrupt", f"the image is {size}, it was {plan.size} when its views were planned")
 
 
 def image_backend(data: DataConfig, model: ModelConfig) -> ImageBackend:
@@ -116,6 +125,6 @@ def image_backend(data: DataConfig, model: ModelConfig) -> ImageBackend:
     if data.image_backend == "torch":
         return PillowBackend(*rules)
     raise_if_any([*check_images(data), *check_dali(data)])
-    from megatron_vl.data.dali import DaliBackend  # 3 s and some 500 MiB, for those who ask for it
+    from megatron_vl.data.dali import DaliBackend  # takes seconds and is mostly not installed
 
     return DaliBackend(*rules, data.dali_device)

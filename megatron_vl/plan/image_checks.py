@@ -13,13 +13,14 @@ def check_images(data: DataConfig, parallel: ParallelConfig | None = None) -> li
     if data.image_backend != "dali":
         return []
     problems = []
-    if data.image_mode == "exact":
+    if data.dali_device == "mixed" and data.image_mode == "exact":
         problems.append(
             Problem(
-                "data.image_backend",
-                "dali",
-                "rounds its resizes otherwise than Pillow, so it keeps the tolerance of image_mode fast only",
-                "set data.image_mode=fast, or data.image_backend=torch",
+                "data.dali_device",
+                "mixed",
+                "decodes JPEG by nvJPEG, which rounds otherwise than the released processing, so it keeps the "
+                "tolerance of data.image_mode = fast only",
+                "set data.image_mode=fast, or data.dali_device=cpu",
             )
         )
     if data.dali_device == "mixed" and parallel is not None and parallel.device == "cpu":

@@ -18,8 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vl.config.model import CLIP_MEAN, CLIP_STD, VisionConfig
+from megatron_vl.config.model import VisionConfig
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.ops.pixels import normalised
 
 
 class LayerScaleResidual(torch.nn.Module):
@@ -56,26 +57,6 @@ def rotary_angles(grid: int, head_dim: int, base: float, device: torch.device) -
     row = per_position[:, None, :].expand(grid, grid, half)
     angles = torch.cat([column, row], dim=-1).reshape(grid * grid, 1, 1, head_dim)
     return angles.to(device=device, dtype=torch.float32)
-
-
-def normalised(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Views ``[n, 3, H, W]`` as the patch embedding takes them.
-
-    Bytes (``data.image_mode`` fast) are normalised here, in fp32 whatever ``dtype`` is, in the order of the released
-    processing; floats are normalised already.
-    """
-    if pixels.dtype != torch.uint8:
-        return pixels.to(dtype)
-    mean, std = _mean_and_std(pixels.device)
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
-
-
-@lru_cache(maxsize=8)
-def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 ``[3, 1, 1]`` each; kept, because making them waits for the device."""
-    return tuple(
-        torch.tensor(v, dtype=torch.float32, device=device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD)
-    )
 
 
 def patchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from megatron_vl.data.decode import DecodeRule, make_views
 from megatron_vl.data.fast_views import make_fast_views, pixels_of, resize_in_float
 from megatron_vl.data.image_backend import PillowBackend
 from megatron_vl.data.loader import Place, eval_loader, train_loader
-from megatron_vl.model.vision_encoder import normalised
+from megatron_vl.ops.pixels import normalised
 from megatron_vl.train.step import stage_inputs
 from tests.data.test_decode import CASES, GOLDEN, SAME_JPEG_DECODER, encoded, exif
 from tests.data.tiny import MODEL, chat, make_data, write_jsonl

@@ -211,8 +211,8 @@ def report(record: dict[str, Any]) -> str:
             )
         parts.append(table(rows))
     parts.append(
-        "\nimages/s and ms: processor time, medians of the turns; x ref: median over the turns. The reference and exact "
-        "normalise in `float`;\nfor fast the model does, `on device`: here on this CPU, and not part of images/s."
+        "\nimages/s and ms: processor time, medians of the turns; x ref: median over the turns. The reference and "
+        "exact normalise in `float`;\nfor fast the model does, `on device`: here on this CPU, and not part of images/s."
     )
     return "\n".join(parts)
 

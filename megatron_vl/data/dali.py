@@ -2,8 +2,8 @@
 
 DALI decodes, nothing else: on the CPU its pixels equal Pillow's bit for bit, so everything after it (orientation,
 alpha, resizes) is the code of the other back end, and both modes keep their tolerance. Its own resize is not used:
-beyond the border it repeats the edge where Pillow leaves the filter's outer part out (up to 26 grey levels in the
-first and last rows and columns of noise), and on the CPU it takes longer than torch's.
+beyond the border it repeats the edge where Pillow leaves the filter's outer part out, over 10 grey levels in the
+outermost rows and columns of noise (tests/data/test_dali.py), and on the CPU it takes longer than torch's.
 
 Pillow still reads the header, so both back ends plan alike and refuse alike; in addition DALI reads no GIF, and
 tells no transparency but that of RGBA. Nothing falls back to Pillow: such images are refused and counted.

@@ -134,6 +134,25 @@ def test_a_changed_file_and_a_copy_for_another_process(dali):
     assert torch.equal(again.pixels(data), dali.pixels(data))
 
 
+@needs_dali
+def test_why_dalis_own_resize_is_not_used():
+    """Should this fail, DALI treats borders as Pillow does, and may resize on the GPU as well."""
+    from nvidia.dali import Pipeline, fn, types
+
+    picture = noise(1920, 1080)
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipeline:
+        source = fn.external_source(name="source", dtype=types.UINT8, ndim=3, layout="HWC")
+        pipeline.set_outputs(
+            fn.resize(source, size=(728, 728), interp_type=types.INTERP_LINEAR, antialias=True)
+        )
+    pipeline.build()
+    pipeline.feed_input("source", [np.array(picture)])
+    theirs = np.array(pipeline.run()[0].as_array()[0]).astype(int)
+    off = np.abs(theirs - np.array(picture.resize((728, 728), Image.Resampling.BILINEAR)))
+    assert off.max() > 10 and off[1:-1, 1:-1].max() <= 2
+
+
 def same(one: MicroBatch, other: MicroBatch) -> bool:
     return torch.equal(one.crop_pixels, other.crop_pixels) and torch.equal(
         one.global_pixels, other.global_pixels

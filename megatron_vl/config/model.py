@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from megatron_vl.config.key import key
 
+# Mean and deviation of R, G, B in 0 ... 1 that pixels are normalised by (CLIP's, as released)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -109,6 +109,21 @@ class DataConfig:
         "le",
         choices=("le", "lt"),
     )
+    image_mode: str = key(
+        "exact: pixels of the released processing in float; fast: in 8 bits, within 2.2 grey levels of it",
+        "exact",
+        choices=("exact", "fast"),
+    )
+    image_backend: str = key(
+        "who decodes: torch (Pillow), or dali (NVIDIA DALI, to be installed)",
+        "torch",
+        choices=("torch", "dali"),
+    )
+    dali_device: str = key(
+        "where dali decodes: mixed = on this rank's GPU; auto = mixed where there is one and image_mode is fast",
+        "auto",
+        choices=("auto", "cpu", "mixed"),
+    )
     alpha: str = key(
         "transparent images: laid over white, or alpha dropped", "white", choices=("white", "drop")
     )

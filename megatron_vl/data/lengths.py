@@ -33,6 +33,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.crops import plan_crops
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.rows import RowBuilder
@@ -132,6 +133,7 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             "max_aspect_ratio": data.max_aspect_ratio,
             "apply_exif": data.apply_exif,
             "max_image_pixels": data.max_image_pixels,
+            **_refusals_of_backend(data),
         },
         "tokenizer": hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest(),
         "template": template_fingerprint(builder),
@@ -157,6 +159,11 @@ def places_of(description: dict[str, Any]) -> dict[str, Any]:
     """The rest: where the data lie, and when the files were changed."""
     files = [{key: file[key] for key in ("path", "changed_ns")} for file in description["files"]]
     return {"files": files, "data_root": description["rules"]["data_root"]}
+
+
+def _refusals_of_backend(data: DataConfig) -> dict[str, Any]:
+    """What DALI refuses beyond the rules depends on alpha; indexes of the other back end stay as they are."""
+    return {} if data.image_backend == "torch" else {"image_backend": [data.image_backend, data.alpha]}
 
 
 def digest_of(description: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.bad_samples import BadSample, SampleRefused
 from megatron_vl.data.batch import FailedView, MicroBatch, Row, check_image_slots, empty_row
-from megatron_vl.data.crops import CropPlan, CropRule
-from megatron_vl.data.decode import DecodeRule, PillowBackend
+from megatron_vl.data.crops import CropPlan
+from megatron_vl.data.image_backend import image_backend
 from megatron_vl.data.image_checks import ImageSource, resolve_under
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.sample import Sample
@@ -48,12 +48,7 @@ class RowBuilder:
         self.data = data
         self.model = model
         self.template = Template(tokenizer, model.tokens, model.vision, data.loss_on)
-        self.images = PillowBackend(
-            CropRule.for_model(model.vision.image_size, model.vision.crop_size, data.boundary_rule),
-            DecodeRule(data.alpha, data.apply_exif, data.max_image_pixels),
-            data.max_crops,
-            data.max_aspect_ratio,
-        )
+        self.images = image_backend(data, model)
 
     def build(self, raw: RawLine) -> tuple[Row, list[PlannedImage]]:
         """The row of one line and its images in order; a refused line gives an empty row with the reason.
@@ -123,10 +118,10 @@ class RowBuilder:
         """The micro-batch with the pixels of the views in `share`, crops first, then globals, each ascending.
 
         images: per document of the batch. An image that cannot be decoded gives zeros and an entry in
-        `failed`.
+        `failed`. The pixels are of `self.images.dtype`, also where the share is empty.
         """
         wanted = set(share)
-        crops, globals_, failed = [batch.crop_pixels], [batch.global_pixels], []
+        crops, globals_, failed = [], [], []
         first_view = 0
         for document, document_images in enumerate(images):
             for image in document_images:
@@ -142,7 +137,13 @@ class RowBuilder:
         assert first_view == len(batch.view_kinds), (
             f"{first_view} planned views, {len(batch.view_kinds)} in the batch"
         )
-        return replace(batch, crop_pixels=torch.cat(crops), global_pixels=torch.cat(globals_), failed=failed)
+        dtype = self.images.dtype
+        return replace(
+            batch,
+            crop_pixels=_joined(crops, batch.crop_pixels.to(dtype)),
+            global_pixels=_joined(globals_, batch.global_pixels.to(dtype)),
+            failed=failed,
+        )
 
     def _decode(
         self, image: PlannedImage, crops: list[int], with_global: bool
@@ -151,11 +152,15 @@ class RowBuilder:
         try:
             return self.images.views(image.source, image.plan, crops=crops, with_global=with_global), None
         except ImageRefused as refusal:
-            large, small = self.images.crop_rule.global_size, self.images.crop_rule.crop_size
-            return (
-                torch.zeros(int(with_global), 3, large, large),
-                torch.zeros(len(crops), 3, small, small),
-            ), refusal
+            return self.images.zeros(len(crops), with_global), refusal
+
+
+def _joined(views: list[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
+    """One tensor of all views. An empty one in the list would make torch rearrange channels-last bytes."""
+    filled = [tensor for tensor in views if len(tensor)]
+    if not filled:
+        return none
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _record(image: PlannedImage, refusal: ImageRefused) -> BadSample:

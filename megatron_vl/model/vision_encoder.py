@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.ops.pixels import normalised
 
 
 class LayerScaleResidual(torch.nn.Module):
@@ -120,7 +121,10 @@ class VisionEncoder(MegatronModule):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop."""
+        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop.
+
+        pixels: floats that are normalised, or bytes.
+        """
         grid = pixels.shape[-1] // self.vision.patch_size
         hidden = self.embed(pixels, grid)
         angles = rotary_angles(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
@@ -131,7 +135,7 @@ class VisionEncoder(MegatronModule):
 
     def embed(self, pixels: torch.Tensor, grid: int) -> torch.Tensor:
         """Patch embedding plus position table, after ``ln_pre``: ``[grid * grid, n, width]``."""
-        patches, _ = self.conv1(patchify(pixels.to(self.conv1.weight.dtype), self.vision.patch_size))
+        patches, _ = self.conv1(patchify(normalised(pixels, self.conv1.weight.dtype), self.vision.patch_size))
         return self.ln_pre(patches + self.position_table(grid)[:, None, :])
 
     def position_table(self, grid: int) -> torch.Tensor:

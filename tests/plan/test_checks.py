@@ -133,6 +133,17 @@ BAD = [
         ],
     ),
     (
+        "data.image_backend=dali data.dali_device=mixed parallel.device=cpu",
+        0,
+        [
+            "data.dali_device = mixed: decodes JPEG by nvJPEG, which rounds otherwise than the released "
+            "processing, so it keeps the tolerance of data.image_mode = fast only; set data.image_mode=fast, "
+            "or data.dali_device=cpu",
+            "data.dali_device = mixed: decodes on a GPU, but parallel.device = cpu; set data.dali_device=cpu, "
+            "or parallel.device=cuda",
+        ],
+    ),
+    (
         "train.train_steps=3 train.train_tokens=5",
         0,
         ["train.train_tokens = 5: stands beside train.train_steps = 3; keep one of the two"],
@@ -218,6 +229,8 @@ def test_bad_combination(overrides, world_size, messages):
         "parallel.pipeline_model_parallel_size=6",
         f"{TP2} model.vision.num_attention_heads=1",  # placement data has no rule for the tower
         f"{PP2} model.freeze_decoder=true",
+        "data.image_backend=dali",  # on the CPU its pixels are Pillow's
+        "data.image_backend=dali data.image_mode=fast data.dali_device=mixed",
     ],
 )
 def test_good_combination(overrides):
@@ -277,3 +290,14 @@ def test_a_training_run_reports_layout_and_data_together():
 
 def test_the_default_model_is_the_release():
     assert load_checked_run().config.model == ModelConfig()
+
+
+def test_dali_must_be_installed_where_it_is_asked_for(monkeypatch):
+    config = load_run(overrides=["preset=step3_vl_tiny", "data.image_backend=dali"]).config
+    monkeypatch.setattr("megatron_vl.plan.image_checks.dali_is_installed", lambda: False)
+    said = [str(problem) for problem in check_ready_to_train(config) if problem.path == "data.image_backend"]
+    assert said == [
+        "data.image_backend = dali: NVIDIA DALI is not installed; pip install 'megatron-vl[dali]' "
+        "(nvidia-dali-cuda130; runs on machines without a GPU too), or set data.image_backend=torch"
+    ]
+    assert check_run(config) == []  # a run may be described where it is not run

@@ -61,7 +61,8 @@ class MicroBatch:
     view_kinds: kind of each of the V views in token-stream order. view_documents: V document numbers.
     crop_pixels [c, 3, C, C], global_pixels [g, 3, G, G]: on CPU, float32 and normalised (data.image_mode exact)
         or uint8 and not (fast: the model normalises them), only this vision rank's share
-        (`share_views(view_kinds, vision_size, costs)[vision_rank]`), in that order; no views on ranks without the tower.
+        (`share_views(view_kinds, vision_size, costs)[vision_rank]`), in that order; no views on ranks without the
+        tower.
     refused: samples refused before decoding, the same on all ranks of a replica.
     failed: images refused while decoding, known only to the rank that decoded them. Their pixels are zeros:
         every rank of the replica must be told and call `mask_documents` before the forward pass.

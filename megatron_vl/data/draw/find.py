@@ -20,7 +20,6 @@ from megatron_vl.data.training import files_folder, is_planned, open_domain, ope
 from megatron_vl.errors import DataError
 from megatron_vl.plan.budget import total_steps
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.row_work import WorkRates
 
 Say = Callable[[str], None]
 
@@ -45,7 +44,7 @@ def find_row(config: RunConfig, layout: Layout, step: int, row: int, say: Say) -
     else:
         batch, within, rank = _planned(config, layout, rows, step, row, steps, say)
     title = f"step {step}, row {row} of {size}: data-parallel rank {rank}"
-    return describe_row(batch, within, layout, config.model.tokens, WorkRates.of(config.model), title)
+    return describe_row(batch, within, layout, config.model, title)
 
 
 def _plain(

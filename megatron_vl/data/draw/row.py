@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vl.config.model import SpecialTokens
+from megatron_vl.config.model import ModelConfig, SpecialTokens
 from megatron_vl.data.bad_samples import BadSample
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.template import NOT_SCORED
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.row_work import WorkRates
 from megatron_vl.plan.sequence import zigzag
@@ -94,9 +95,7 @@ class RankLoad:
     pairs: int
 
 
-def describe_row(
-    batch: MicroBatch, row: int, layout: Layout, tokens: SpecialTokens, rates: WorkRates, title: str
-) -> DrawnRow:
+def describe_row(batch: MicroBatch, row: int, layout: Layout, model: ModelConfig, title: str) -> DrawnRow:
     """Row number `row` of a micro-batch (without pixels) under a layout. Raises ValueError as `zigzag`."""
     ids, labels = batch.input_ids[row].numpy(), batch.labels[row].numpy()
     bounds = batch.cu_seqlens or [0, len(ids)]
@@ -106,11 +105,11 @@ def describe_row(
         Document(name, begin, length, end - begin)
         for name, begin, end, length in zip(names, bounds[:-1], bounds[1:], lengths, strict=True)
     )
-    shares = share_views(batch.view_kinds, layout.vision_size)
+    shares, rates = share_views(batch.view_kinds, layout.vision_size, view_costs(model)), WorkRates.of(model)
     rank_of = {view: rank for rank, mine in enumerate(shares) for view in mine}
     # A packed micro-batch is one row; of a dense one only some views lie in this row.
     mine = [v for v, d in enumerate(batch.view_documents) if batch.cu_seqlens or d == row]
-    spans = view_spans(ids, tokens)
+    spans = view_spans(ids, model.tokens)
     assert len(spans) == len(mine), (len(spans), len(mine))
     views = tuple(View(batch.view_kinds[v], begin, end, rank_of[v]) for v, (begin, end) in zip(mine, spans))
     kinds = [[batch.view_kinds[view] for view in share] for share in shares]

@@ -12,13 +12,13 @@ from megatron_vl.data.draw.row import describe_row, loads, owners, stretches, vi
 from megatron_vl.data.draw.row_layout import LEFT, STRIP, lay_out_row, tokens_per_line
 from megatron_vl.data.draw.row_text import document_lines, number_lines
 from megatron_vl.data.draw.shapes import COLOURS, colour_of
-from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.row_work import WorkRates
+from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.sequence import zigzag
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 from tests.data.tiny import MODEL, TOKENS
 
-RATES = WorkRates.of(MODEL)
 CROP_IDS = [TOKENS.patch_start, TOKENS.im_patch, TOKENS.patch_end]
 GLOBAL_IDS = [TOKENS.im_start, *[TOKENS.im_patch] * 4, TOKENS.im_end]
 
@@ -35,7 +35,7 @@ def packed(layout: Layout, length: int = 128, multiple: int = 8):
     rows = [document("a", 30, crops=2, images=1), document("b", 45, images=2), document("c", 20)]
     refused = empty_row("bad", BadSample("bad", "f", 1, "missing", "no such file"))
     batch = pack([*rows, refused], length, multiple, 0)
-    return describe_row(batch, 0, layout, TOKENS, RATES, "a row"), batch
+    return describe_row(batch, 0, layout, MODEL, "a row"), batch
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_packed_row_is_described():
         (GLOBAL, 32, 38),
         (GLOBAL, 38, 44),
     ]
-    shares = share_views(batch.view_kinds, 4)
+    shares = share_views(batch.view_kinds, 4, view_costs(MODEL))
     assert [view.rank for view in row.views] == [
         next(rank for rank, mine in enumerate(shares) if view in mine) for view in range(5)
     ]
@@ -80,7 +80,7 @@ def test_a_packed_row_is_described():
     found = loads(row)
     assert sum(load.real for load in found) == row.tokens == 95 and sum(load.scored for load in found) == 9
     assert [load.tokens for load in found] == [64, 64] and found[0].pairs == found[1].pairs
-    assert row.refused[0].reason == "missing" and sum(row.vision) == RATES.vision(3, 2)
+    assert row.refused[0].reason == "missing" and sum(row.vision) == WorkRates.of(MODEL).vision(3, 2)
 
 
 def test_the_numbers_are_said():
@@ -98,11 +98,13 @@ def test_a_dense_row_of_a_larger_micro_batch():
     rows = [document("a", 30, crops=2, images=1), bad, document("b", 45, crops=1, images=2)]
     batch = collate(rows, 64, 0)
     layout = Layout(cp=4)
-    drawn = [describe_row(batch, number, layout, TOKENS, RATES, "") for number in range(3)]
+    drawn = [describe_row(batch, number, layout, MODEL, "") for number in range(3)]
     assert [len(row.views) for row in drawn] == [3, 0, 4] and [len(row.refused) for row in drawn] == [0, 1, 0]
     ranks = [view.rank for row in drawn for view in row.views]
     counts = Counter(ranks)
-    assert {rank: len(mine) for rank, mine in enumerate(share_views(batch.view_kinds, 4))} == counts
+    assert {
+        rank: len(mine) for rank, mine in enumerate(share_views(batch.view_kinds, 4, view_costs(MODEL)))
+    } == counts
     assert drawn[2].documents[0].length == 45 and drawn[2].documents[0].padded == 64
     assert {row.vision for row in drawn} == {drawn[0].vision}, "the work of the micro-batch, not of the row"
 
@@ -143,7 +145,7 @@ def test_boxes_follow_tokens():
 
 def test_a_document_that_crosses_lines_has_a_box_on_each():
     rows = [document("a", 5000), document("b", 3000)]
-    drawing = lay_out_row(describe_row(pack(rows, 8192, 8, 0), 0, Layout(), TOKENS, RATES, ""))
+    drawing = lay_out_row(describe_row(pack(rows, 8192, 8, 0), 0, Layout(), MODEL, ""))
     boxes = [rect for rect in drawing.rects("document") if rect.label]
     assert [(rect.x - LEFT, rect.width) for rect in boxes] == [(0, 1600), (0, 904 * 1600 // 4096)]
     assert boxes[1].y > boxes[0].y

@@ -13,8 +13,8 @@ from megatron_vl.data.draw.row_layout import LEFT, STRIP, lay_out_row, tokens_pe
 from megatron_vl.data.draw.row_text import document_lines, number_lines
 from megatron_vl.data.draw.shapes import COLOURS, colour_of
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.row_work import WorkRates
 from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.row_work import WorkRates
 from megatron_vl.plan.sequence import zigzag
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 from tests.data.tiny import MODEL, TOKENS

@@ -16,6 +16,7 @@ from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
 from megatron_vl.model.fusion import feature_slots, put_features
 from megatron_vl.model.projector import Projector
+from megatron_vl.model.rope import extend_rope
 from megatron_vl.model.vision_encoder import VisionEncoder
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
 from megatron_vl.parallel.context_parallel import gather_features, held_positions, take_local
@@ -84,6 +85,9 @@ class Step3VL(MegatronModule):
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        text = model.text
+        rotary = self.language_model.rotary_pos_emb
+        extend_rope(rotary, text.kv_channels, text.rotary_base, text.rope_scaling)
         self.model_type = self.language_model.model_type
         self.head: HeadShard | None = None
         if stage.has_head:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import ParallelConfig, RecomputeConfig
 from megatron_vl.ops.activation import quick_gelu
+from megatron_vl.plan.rope import attention_scale
 from megatron_vl.plan.stages import Stage, to_megatron_layout
 
 
@@ -69,6 +70,7 @@ def decoder_config(
         normalization="RMSNorm",
         layernorm_epsilon=text.layernorm_epsilon,
         qk_layernorm=True,
+        softmax_scale=attention_scale(text.kv_channels, text.rope_scaling),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

@@ -38,6 +38,14 @@ BAD = [
         ],
     ),
     (
+        "model.text.rope_scaling.kind=yarn model.text.rope_scaling.factor=2",
+        0,
+        [
+            "model.text.rope_scaling.original_max_position_embeddings = none: is needed with kind = yarn; give the "
+            "length that the weights were trained for, 65536 for the release",
+        ],
+    ),
+    (
         TP2,
         3,
         ["world size = 3: must be a multiple of TP2 x CP1 x PP1 = 2; start 2 or 4 ranks"],

@@ -49,7 +49,7 @@ def build(
     restored afterwards, nothing is drawn.
     """
     parallel, model = config.parallel, config.model
-    backend = choose_backend(parallel.layer_backend)
+    backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(

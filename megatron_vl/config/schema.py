@@ -90,6 +90,7 @@ class RecomputeConfig:
         choices=("none", "selective", "full"),
     )
     decoder_num_layers: int = key("layers per recomputed group, for full", 1, at_least=1)
+    offload: bool = key("what decoder layers keep waits in host memory for the backward pass", False)
     vision: str = key("none; full = whole blocks of the tower", "none", choices=("none", "full"))
     vision_num_layers: int = key("blocks per recomputed group, for full", 1, at_least=1)
 

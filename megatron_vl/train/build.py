@@ -59,11 +59,11 @@ def build(
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
     loss_chunk = config.train.loss_chunk_tokens
+    numbers = range(len(mine)) if len(mine) > 1 else [None]
+    offload = config.recompute.offload
     bare = [
-        Step3VL(
-            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, loss_chunk
-        )
-        for i, stage in enumerate(mine)
+        Step3VL(model, decoder, vision, stage, backend, runtime.groups, number, loss_chunk, offload)
+        for number, stage in zip(numbers, mine)
     ]
     for chunk in bare:
         chunk.to(runtime.device)

@@ -1,8 +1,11 @@
 """Packed rows equal their documents one by one: both exchanges of K and V, recompute, and that it can fail."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_vl.config.hf_config import model_from_hf
+from megatron_vl.config.rope import RopeScaling
 from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.parity.layouts import PACKED
 from megatron_vl.parity.packed_cases import CASES, PackedCheck, case_documents
@@ -29,6 +32,8 @@ def checked():
 def test_a_packed_row_is_its_documents(world, checked, layout, case):
     row = checked.row(world, layout, case)
     assert (row.status, row.rule) == ("ok", ""), row
+    loss, gradients = checked.single[case]
+    assert loss > 0 and gradients["vision_model.conv1.weight"].norm() > 0, "nothing flows through the images"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,17 @@ def test_recompute_changes_no_packed_row(world, layout, decoder):
     recomputed = PackedCheck(str(TINY_A), model_from_hf(TINY_A), RecomputeConfig(decoder=decoder))
     row = recomputed.row(world, layout, "spanning")
     assert row.status == "ok", row
+
+
+def test_an_extended_rope_is_the_same_on_every_stage_and_rank(world, checked):
+    yarn = RopeScaling("yarn", None, 4.0, 16, beta_fast=4.0, beta_slow=0.5)
+    text = replace(checked.model.text, rope_scaling=yarn)
+    extended = PackedCheck(str(TINY_A), replace(checked.model, text=text))
+    assert extended.row(world, "pp2cp4", "spanning").status == "ok"
+    checked.row(world, "1", "spanning")
+    assert abs(extended.single["spanning"][0] / checked.single["spanning"][0] - 1) > 1e-4, (
+        "nothing was extended"
+    )
 
 
 FAULTS = (

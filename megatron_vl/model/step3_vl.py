@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,9 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
 from megatron_vl.model.fusion import image_slots, put_features
+from megatron_vl.model.offload import Offload
 from megatron_vl.model.projector import Projector
+from megatron_vl.model.rope import extend_rope
 from megatron_vl.model.vision_encoder import VisionEncoder
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
 from megatron_vl.parallel.context_parallel import take_local
@@ -62,9 +65,11 @@ class Step3VL(MegatronModule):
         vp_stage: int | None,
         loss_chunk: int | None = None,
         vision_chunk: int | None = None,
+        offload: bool = False,
     ) -> None:
         """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice. vision_chunk: views that
         the tower encodes at once, None = all; with a number each chunk is computed again in the backward pass.
+        offload: what decoder layers keep for the backward pass waits in host memory.
         """
         super().__init__(decoder)
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
@@ -98,12 +103,16 @@ class Step3VL(MegatronModule):
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        text = model.text
+        rotary = self.language_model.rotary_pos_emb
+        extend_rope(rotary, text.kv_channels, text.rotary_base, text.rope_scaling)
         self.model_type = self.language_model.model_type
         self.head: HeadShard | None = None
         if stage.has_head:
             words = self.language_model.output_layer.output_size_per_partition
             chunk = loss_chunk_tokens(words, loss_chunk)
             self.head = HeadShard(model.text.vocab_size, groups.tp, decoder.sequence_parallel, chunk)
+        self.offload = offload
         self._mask_padded_vocab()
         self._freeze()
 
@@ -167,15 +176,18 @@ class Step3VL(MegatronModule):
 
     def _hidden_states(self, inputs: StageInputs) -> torch.Tensor:
         """``[S / cp (/ tp), b, h]`` after this stage's layers, on the last stage after the final norm too."""
+        embeddings = self._embed(inputs) if self.pre_process else None
+        keeping = Offload(self.language_model.parameters()).saving() if self.offload else nullcontext()
         whole, self.language_model.post_process = self.language_model.post_process, False
         try:  # Megatron-Core's model stops before its head, which would make all logits at once
-            return self.language_model(
-                input_ids=None,
-                position_ids=None,
-                attention_mask=None,
-                decoder_input=self._embed(inputs) if self.pre_process else None,
-                packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
-            )
+            with keeping:
+                return self.language_model(
+                    input_ids=None,
+                    position_ids=None,
+                    attention_mask=None,
+                    decoder_input=embeddings,
+                    packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
+                )
         finally:
             self.language_model.post_process = whole
 

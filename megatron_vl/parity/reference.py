@@ -140,14 +140,14 @@ class Batches:
     placed: list[Placed]
 
 
-def arrange(docs: Sequence[Document], layout: Layout, packed: bool) -> Batches:
+def arrange(docs: Sequence[Document], layout: Layout, packed: bool, per_packed_row: int = 2) -> Batches:
     """Spread the samples over data-parallel ranks and micro-batches.
 
-    Dense: one sample per row. Packed: two samples per row. What does not fill the layout (DP ranks, or the
+    Dense: one sample per row. Packed: ``per_packed_row`` samples. What does not fill the layout (DP ranks, or the
     micro-batches that the interleaved schedule wants) is completed by fully masked rows.
     """
     multiple = row_multiple(layout.tp, layout.cp, layout.sp)
-    per_row = 2 if packed else 1
+    per_row = per_packed_row if packed else 1
     groups = [list(docs[i : i + per_row]) for i in range(0, len(docs), per_row)]
     rounds = -(-len(groups) // layout.dp)
     if layout.vpp > 1:

@@ -11,6 +11,7 @@ from megatron_vl.config.mixture import DomainConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vl.errors import Problem
+from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.budget import total_tokens
 from megatron_vl.plan.image_checks import check_dali, check_images
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
@@ -52,6 +53,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
             config.data.packing, config.parallel, config.data.seq_length, config.train.micro_batch_size
         ),
         *check_images(config.data, config.parallel),
+        *check_attention(config.model.text, config.parallel, config.data.packing),
         *_device(config),
         *_length_and_schedule(config),
     ]

@@ -49,7 +49,7 @@ def build(
     restored afterwards, nothing is drawn.
     """
     parallel, model = config.parallel, config.model
-    backend = choose_backend(parallel.layer_backend)
+    backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(
@@ -58,12 +58,11 @@ def build(
     decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
     vision = vision_config(model, parallel, config.recompute, numerics)
     mine = stages[runtime.coords.pp]
-    chunks_of = (config.train.loss_chunk_tokens, config.recompute.vision_chunk_views)
+    numbers = range(len(mine)) if len(mine) > 1 else [None]
+    options = (config.train.loss_chunk_tokens, config.recompute.vision_chunk_views, config.recompute.offload)
     bare = [
-        Step3VL(
-            model, decoder, vision, stage, backend, runtime.groups, i if len(mine) > 1 else None, *chunks_of
-        )
-        for i, stage in enumerate(mine)
+        Step3VL(model, decoder, vision, stage, backend, runtime.groups, number, *options)
+        for number, stage in zip(numbers, mine)
     ]
     for chunk in bare:
         chunk.to(runtime.device)

@@ -98,3 +98,5 @@ def test_transformer_engine_is_refused_without_cuda():
     with pytest.raises(ConfigError, match="it needs a CUDA device and an importable transformer-engine 2.11"):
         choose_backend("transformer_engine")
     assert choose_backend("auto").name == "torch"
+    with pytest.raises(ConfigError, match="cp_comm_type = a2a: .*auto chose the torch layers"):
+        choose_backend("auto", "a2a")

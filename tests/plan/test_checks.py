@@ -38,6 +38,46 @@ BAD = [
         ],
     ),
     (
+        "model.text.rope_scaling.kind=yarn model.text.rope_scaling.factor=2",
+        0,
+        [
+            "model.text.rope_scaling.original_max_position_embeddings = none: is needed with kind = yarn; give the "
+            "length that the weights were trained for, 65536 for the release",
+        ],
+    ),
+    (
+        "parallel.cp_comm_type=a2a parallel.context_parallel_size=4 parallel.layer_backend=torch",
+        0,
+        [
+            "parallel.cp_comm_type = a2a: the torch layers exchange K and V by p2p or all_gather; use one of the two, "
+            "or parallel.layer_backend transformer_engine",
+            "parallel.cp_comm_type = a2a: shares heads out over context_parallel_size 4, which must divide the 2 "
+            "key-value heads of a tensor-parallel rank; use p2p, or smaller sizes",
+        ],
+    ),
+    (
+        "parallel.cp_comm_type=all_gather parallel.context_parallel_size=2 "
+        "parallel.layer_backend=transformer_engine data.packing.enabled=true data.packing.pad_multiple=4",
+        0,
+        [
+            "parallel.cp_comm_type = all_gather: Transformer Engine 2.11 takes packed rows (thd) with p2p only; use "
+            "p2p, or parallel.layer_backend torch with all_gather",
+        ],
+    ),
+    (
+        "parallel.flash_attention=fa3 parallel.device=cpu",
+        0,
+        ["parallel.flash_attention = fa3: needs a CUDA device, but parallel.device = cpu; remove it"],
+    ),
+    (
+        "parallel.flash_attention=fa4 parallel.layer_backend=transformer_engine",
+        0,
+        [
+            "parallel.flash_attention = fa4: is for the torch layers; Transformer Engine chooses its kernels itself; "
+            "remove it or set parallel.layer_backend torch"
+        ],
+    ),
+    (
         TP2,
         3,
         ["world size = 3: must be a multiple of TP2 x CP1 x PP1 = 2; start 2 or 4 ranks"],

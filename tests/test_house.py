@@ -29,6 +29,7 @@ ALLOWED = {
 }
 ALLOWED["train"] = {"data", "checkpoint", *ALLOWED["checkpoint"]}
 ALLOWED["parity"] = {"train", *ALLOWED["train"]}
+ALLOWED["bench"] = {"train", *ALLOWED["train"]}
 ALLOWED["generate"] = {"train", *ALLOWED["train"]}
 ALLOWED["rl"] = {"generate", *ALLOWED["generate"]}
 ALLOWED["evaluate"] = {"rl", *ALLOWED["rl"]}

@@ -2,11 +2,14 @@
 
     python tools/check_parity.py --hf DIR --reference FILE.safetensors [--layouts all|tp2,pp2,...] [--json OUT]
 
+    python tools/check_parity.py --hf DIR --packed-cases [text_only,...] [--layouts cp4,cp4ag,...]   # no reference
+
 Exit code 0: every row is ok or refused by a rule; 1: something is over its bound; 2: bad arguments or files.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -20,6 +23,7 @@ from megatron_vl.parity.check import (  # noqa: E402
     Row,
     check_all,
     check_devices,
+    check_packed,
     make_cases,
     make_setting,
     parser,
@@ -44,6 +48,31 @@ def line(row: Row) -> str:
     return "\n".join([text.rstrip(), *(f"    {m}" for m in more)])
 
 
+PACKED_COLUMNS = "{:<16}{:<10}{:<20}{:<9}{:>10}{:>12}  {}"
+
+
+def packed(args: argparse.Namespace) -> int:
+    """Print the table of --packed-cases; the exit code."""
+    print(
+        PACKED_COLUMNS.format("layout", "placement", "case", "status", "loss_rel", "worst_grad", "worst_name")
+    )
+    rows = []
+    for row in check_packed(args):
+        rows.append(row)
+        print(
+            PACKED_COLUMNS.format(
+                row.layout, row.placement, row.case, row.status, shown(row.loss), shown(row.worst_grad),
+                row.worst_name or row.rule,
+            ),
+            flush=True,
+        )  # fmt: skip
+        if args.json:
+            write_json(args.json, rows)
+    count = {s: sum(r.status == s for r in rows) for s in ("ok", "failed", "refused")}
+    print(f"{count['ok']} ok, {count['failed']} failed, {count['refused']} refused")
+    return 1 if count["failed"] else 0
+
+
 def main() -> int:
     args = parser().parse_args()
     try:
@@ -51,6 +80,8 @@ def main() -> int:
             import torch
 
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if args.packed_cases:
+            return packed(args)
         setting = make_setting(args)
         cases = make_cases(args.layouts, args.placements, args.formats, args.device)
         check_devices(cases, args.device)

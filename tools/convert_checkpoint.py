@@ -37,12 +37,13 @@ from megatron_vl.checkpoint.convert import (  # noqa: E402
 )
 from megatron_vl.checkpoint.describe import describe, lines  # noqa: E402
 from megatron_vl.checkpoint.digests import write_digests  # noqa: E402
+from megatron_vl.checkpoint.folder import find  # noqa: E402
 from megatron_vl.checkpoint.meter import summary, table  # noqa: E402
 from megatron_vl.checkpoint.parts import assemble  # noqa: E402
 from megatron_vl.checkpoint.random_release import make_random  # noqa: E402
-from megatron_vl.checkpoint.weights import CheckpointWeights, HFWeights, find_checkpoint, open_weights  # noqa: E402
+from megatron_vl.checkpoint.weights import CheckpointWeights, HFWeights, open_weights  # noqa: E402
 from megatron_vl.config.model import ModelConfig  # noqa: E402
-from megatron_vl.errors import CheckpointError, ConfigError, MegatronVLError  # noqa: E402
+from megatron_vl.errors import ConfigError, MegatronVLError  # noqa: E402
 from megatron_vl.plan.checks import load_checked_run  # noqa: E402
 
 SHOWN_DIFFERENCES = 50
@@ -223,9 +224,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    checkpoint = find_checkpoint(options.checkpoint)
-    if checkpoint is None:
-        raise CheckpointError(f"{options.checkpoint}: no checkpoint is there; give a step_* or run folder")
+    checkpoint = find(options.checkpoint)
     if not options.shard_gb > 0:
         raise ConfigError(f"--shard-gb = {options.shard_gb}: must be above 0")
     result = export_hf(

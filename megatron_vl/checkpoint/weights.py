@@ -222,23 +222,16 @@ def open_weights(path: Path) -> HFWeights | CheckpointWeights:
     Raises:
         CheckpointError: neither.
     """
-    checkpoint = find_checkpoint(path)
-    if checkpoint is not None:
-        return CheckpointWeights(checkpoint)
-    if any(path.glob("model*.safetensors*")):
-        return HFWeights(path)
-    raise CheckpointError(
-        f"{path}: neither a checkpoint (no {MANIFEST}, no step_* folder) nor a Hugging Face folder "
-        "(no model*.safetensors); give one of the two"
-    )
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint folder meant by a checkpoint, a ``checkpoints`` or a run folder; None where there is none."""
     try:
-        return find(path)
-    except CheckpointError:
-        return None
+        checkpoint = find(path)
+    except CheckpointError as error:
+        if any(path.glob("model*.safetensors*")):
+            return HFWeights(path)
+        raise CheckpointError(
+            f"{path}: neither a checkpoint (no {MANIFEST}, no step_* folder) nor a Hugging Face folder "
+            "(no model*.safetensors); give one of the two"
+        ) from error
+    return CheckpointWeights(checkpoint)
 
 
 def total_bytes(weights: Sequence[Weight]) -> int:

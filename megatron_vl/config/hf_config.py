@@ -16,6 +16,7 @@ from typing import Any
 from megatron_vl.config.convert import FAILED, to_type
 from megatron_vl.config.key import Limits
 from megatron_vl.config.model import ModelConfig, SpecialTokens, TextConfig, VisionConfig, halved
+from megatron_vl.config.rope import rope_scaling_from_hf
 from megatron_vl.errors import ConfigErrors, Problem, raise_if_any
 
 # Our name -> released name, for fields that are copied as they are.
@@ -63,7 +64,6 @@ ONLY: tuple[tuple[str, str, Any], ...] = (
     ("text_config", "attention_dropout", 0.0),
     ("text_config", "tie_word_embeddings", False),
     ("text_config", "use_sliding_window", False),
-    ("text_config", "rope_scaling", None),
 )
 
 # Token text in added_tokens.json -> our name.
@@ -208,15 +208,13 @@ def _vision(reader: _Reader) -> VisionConfig:
 def _text(reader: _Reader) -> TextConfig:
     """The decoder. Newer files keep the base of the rotary embedding in `rope_parameters`."""
     text = reader.copied("text_config", TextConfig, TEXT_FIELDS)
+    section = reader.section("text_config")
+    scaling = rope_scaling_from_hf(section, text.max_position_embeddings, reader.problems)
+    text = replace(text, rope_scaling=scaling)
     base = reader.value("text_config", "rope_theta", float, None, Limits(above=0))
     rope = reader.section("text_config").get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        reader.refuse("text_config.rope_parameters", rope, "must be an object", "correct the file")
+    if not isinstance(rope, Mapping):  # noted above
         rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        rule = 'only "default" is implemented'
-        reader.refuse("text_config.rope_parameters.rope_type", kind, rule, 'use a checkpoint with "default"')
     if rope.get("rope_theta") is not None:
         path = "text_config.rope_parameters.rope_theta"
         newer = to_type(float, rope["rope_theta"], path, Limits(above=0), reader.problems)

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_vl.config.hf_config import TEXT_FIELDS, VISION_FIELDS, model_from_hf
 from megatron_vl.config.model import ModelConfig, SpecialTokens
-from megatron_vl.config.same_model import PARTS
+from megatron_vl.config.rope import rope_scaling_to_hf
+from megatron_vl.config.same_model import PARTS, with_plain_base
 from megatron_vl.errors import ConfigErrors, Problem
 
 # spec/model.md 6.1. Names of the release's own code, which an export does not write by itself.
@@ -21,8 +22,8 @@ AUTO_MAP = {
 def config_to_hf(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """Content of config.json in the released layout. dtype: of the weights, e.g. ``bfloat16``.
 
-    `model_from_hf` of the result is the model again, but for what is frozen. Token ids that are not the released
-    ones stand in `special_token_ids`, our own addition.
+    `model_from_hf` of the result is the model again, but for what is frozen and for `rope_scaling.kind = theta`, which
+    is another base there. Token ids that are not the released ones stand in `special_token_ids`, our own addition.
 
     Raises:
         ConfigErrors: the released layout has no field for something that the model needs.
@@ -66,21 +67,20 @@ def config_to_hf(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": tokens.endoftext,
         "eos_token_id": end_ids(model),
         "hidden_act": "silu",
-        "rope_scaling": None,
-        "rope_theta": text.rotary_base,
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "use_cache": True,
         "use_sliding_window": False,
     }
+    config["text_config"] |= rope_scaling_to_hf(text.rotary_base, text.rope_scaling)
     _check_inverse(config, model)
     return config
 
 
 def _check_inverse(config: dict[str, Any], model: ModelConfig) -> None:
     """The reader must get the same model back: a field without a place in the layout shows here."""
-    read, problems = model_from_hf(config), []
+    model, read, problems = with_plain_base(model), model_from_hf(config), []
     for part in PARTS:
         ours, theirs = asdict(getattr(model, part)), asdict(getattr(read, part))
         problems += [

@@ -8,6 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vl.config.key import key
+from megatron_vl.config.rope import RopeScaling
+
+# Mean and deviation of R, G, B in 0 ... 1 that pixels are normalised by (CLIP's, as released)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class TextConfig:
     ffn_hidden_size: int = key("inner width of the SwiGLU MLP", 12288, at_least=1)
     vocab_size: int = key("rows of the embedding and of the head", 151936, at_least=1)
     rotary_base: float = key("theta of the rotary embedding", 1_000_000.0, above=0)
+    rope_scaling: RopeScaling = key("extension of the rotary embedding", factory=RopeScaling)
     layernorm_epsilon: float = key("epsilon of the RMS norms", 1e-6, above=0)
     max_position_embeddings: int = key("longest position that the model is meant for", 65536, at_least=1)
     init_method_std: float = key("standard deviation of fresh weights", 0.02, above=0)

@@ -25,6 +25,12 @@ class ParallelConfig:
         "chunks of layers per pipeline rank (interleaved schedule); none = one", None, at_least=1
     )
     context_parallel_size: int = key("ranks that share the tokens of a row", 1, at_least=1)
+    cp_comm_type: str = key(
+        "how context parallelism exchanges K and V: p2p = in a ring, all_gather = all at once, a2a = heads for "
+        "tokens (transformer_engine only)",
+        "p2p",
+        choices=("p2p", "all_gather", "a2a"),
+    )
     sequence_parallel: bool = key("shard norms and residuals over the tensor-parallel ranks by token", False)
     pipeline_decoder_layers: list[int] | None = key(
         "decoder layers of each virtual stage in pipeline order; none = balanced by the plan",
@@ -43,6 +49,11 @@ class ParallelConfig:
         "who supplies the layers; auto = transformer_engine on cuda when installed",
         "auto",
         choices=("auto", "torch", "transformer_engine"),
+    )
+    flash_attention: str = key(
+        "flash attention of the torch layers on cuda: PyTorch's own, or an installed flash-attn 3 or 4",
+        "built_in",
+        choices=("built_in", "fa3", "fa4"),
     )
     timeout_seconds: int = key(
         "how long a collective may wait before the run ends with an error", 600, at_least=1
@@ -80,8 +91,15 @@ class RecomputeConfig:
         choices=("none", "selective", "full"),
     )
     decoder_num_layers: int = key("layers per recomputed group, for full", 1, at_least=1)
+    offload: bool = key("what decoder layers keep waits in host memory for the backward pass", False)
     vision: str = key("none; full = whole blocks of the tower", "none", choices=("none", "full"))
     vision_num_layers: int = key("blocks per recomputed group, for full", 1, at_least=1)
+    vision_chunk_views: int | None = key(
+        "views that the tower encodes at once; each chunk is computed again in the backward pass, so that the "
+        "activations of one chunk are alive; none = all views, kept",
+        None,
+        at_least=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,21 @@ class DataConfig:
         "is an image whose longer side equals the global view small (le) or large (lt, newer vLLM)",
         "le",
         choices=("le", "lt"),
+    )
+    image_mode: str = key(
+        "exact: pixels of the released processing in float; fast: in 8 bits, within 2.2 grey levels of it",
+        "exact",
+        choices=("exact", "fast"),
+    )
+    image_backend: str = key(
+        "who decodes: torch (Pillow), or dali (NVIDIA DALI, to be installed)",
+        "torch",
+        choices=("torch", "dali"),
+    )
+    dali_device: str = key(
+        "where dali decodes: mixed = on this rank's GPU; auto = mixed where there is one and image_mode is fast",
+        "auto",
+        choices=("auto", "cpu", "mixed"),
     )
     alpha: str = key(
         "transparent images: laid over white, or alpha dropped", "white", choices=("white", "drop")

@@ -24,7 +24,8 @@ class Row:
     """One document before collation.
 
     ids, labels: int64 [n], labels not shifted. view_kinds: CROP or GLOBAL per view in token-stream order.
-    refused: why the document is empty, None for a good one and for filler.
+    refused: why the document is empty, None for a good one and for filler. left_out: reasons of the images that a
+    page goes without.
     """
 
     sample_id: str
@@ -32,6 +33,7 @@ class Row:
     labels: np.ndarray
     view_kinds: tuple[int, ...] = ()
     refused: BadSample | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def empty_row(sample_id: str, refused: BadSample | None = None) -> Row:
@@ -57,9 +59,10 @@ class MicroBatch:
     cu_seqlens: None = dense, each row one document; else packed: b = 1, padded boundaries of the D documents,
         from 0 to S. doc_lengths: D true lengths; 0 = nothing in it. sample_ids: D ids, "" for filler.
     view_kinds: kind of each of the V views in token-stream order. view_documents: V document numbers.
-    crop_pixels [c, 3, C, C], global_pixels [g, 3, G, G]: float32 on CPU, normalised, only this vision rank's
-        share (`share_views(view_kinds, vision_size)[vision_rank]`), in that order; no views on ranks without
-        the tower.
+    crop_pixels [c, 3, C, C], global_pixels [g, 3, G, G]: on CPU, float32 and normalised (data.image_mode exact)
+        or uint8 and not (fast: the model normalises them), only this vision rank's share
+        (`share_views(view_kinds, vision_size, costs)[vision_rank]`), in that order; no views on ranks without the
+        tower.
     refused: samples refused before decoding, the same on all ranks of a replica.
     failed: images refused while decoding, known only to the rank that decoded them. Their pixels are zeros:
         every rank of the replica must be told and call `mask_documents` before the forward pass.

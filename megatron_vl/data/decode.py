@@ -1,10 +1,10 @@
-"""From an image file to the pixel tensors of its views, with Pillow and torch.
+"""From an image file to the pixel tensors of its views, with Pillow and torch: mode `exact`.
 
 The order of operations is part of the model: orientation, RGB, padding and the two resizes happen on 8-bit
 pixels with Pillow's bilinear filter; rescaling and normalisation come before the last resize, which works in
 float32 with torch's antialiased bilinear filter (the kernel of torchvision's Resize). Aspect ratio is not
 kept by that last resize. Source: the released processing code; bit-equal to vLLM's processor on the golden
-pictures.
+pictures. Mode `fast` is in `fast_views.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from PIL import ExifTags, Image, ImageFile
 from PIL.Image import Resampling, Transpose
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
-from megatron_vl.data.crops import RELEASED, CropPlan, CropRule, check_limits, plan_crops
+from megatron_vl.config.model import CLIP_MEAN, CLIP_STD
+from megatron_vl.data.crops import RELEASED, CropPlan, CropRule
 from megatron_vl.data.image_checks import ImageSource, damaged, open_image, open_source
 from megatron_vl.errors import DataError, ImageRefused
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # EXIF orientation -> the turn that makes the image upright
 _UPRIGHT = {
@@ -103,7 +101,7 @@ def load_rgb(source: ImageSource, rule: DecodeRule = DecodeRule()) -> Image.Imag
         upright = image.transpose(turn) if turn is not None else image
         if upright.size != header.size:
             raise ImageRefused("corrupt", f"the header says {header.size}, the pixels {upright.size}")
-        return _to_rgb(upright, rule.alpha)
+        return to_rgb(upright, rule.alpha)
 
 
 def make_views(
@@ -127,11 +125,11 @@ def make_views(
         return global_pixels, crop_pixels
     resized = resize_whole(rgb, plan)
     if with_global:
-        global_pixels[0] = view_pixels(resized, rule.global_size)
+        view_pixels(resized, rule.global_size, out=global_pixels[0])
     if wanted:
         canvas = stretch_to_canvas(resized, plan)
         for row, crop in enumerate(wanted):
-            crop_pixels[row] = view_pixels(canvas.crop(plan.box(crop)), rule.crop_size)
+            view_pixels(canvas.crop(plan.box(crop)), rule.crop_size, out=crop_pixels[row])
     return global_pixels, crop_pixels
 
 
@@ -152,62 +150,23 @@ def stretch_to_canvas(resized: Image.Image, plan: CropPlan) -> Image.Image:
     return resized if resized.size == plan.canvas else resized.resize(plan.canvas, Resampling.BILINEAR)
 
 
-def view_pixels(picture: Image.Image, side: int) -> torch.Tensor:
-    """One view of 8-bit RGB as float32 [3, side, side]. Normalising before resizing is the released order."""
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-    pixels.sub_(torch.tensor(CLIP_MEAN)[:, None, None]).div_(torch.tensor(CLIP_STD)[:, None, None])
-    if picture.size == (side, side):
-        return pixels
-    return torch.nn.functional.interpolate(
-        pixels[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
-    )[0]
+def view_pixels(picture: Image.Image, side: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """One view of 8-bit RGB as float32 [3, side, side], in `out` if given.
 
-
-@dataclass(frozen=True)
-class PillowBackend:
-    """Decoding and resizing by Pillow and torch on the CPU.
-
-    The contract of an image back end: `header` and `plan` need no pixels; `views` gives float32 pixels in the
-    shapes of `make_views`. All raise `ImageRefused` for a bad image and nothing else, and never return
-    made-up pixels. `views` decodes the file even when no view is wanted: ranks that share out the views of an
-    image must agree on whether it can be read.
+    Normalising before resizing is the released order. One channel at a time: its plane stays in the cache.
     """
-
-    crop_rule: CropRule = RELEASED
-    decode_rule: DecodeRule = DecodeRule()
-    max_crops: int | None = None
-    max_aspect_ratio: float | None = None
-
-    def header(self, source: ImageSource) -> ImageHeader:
-        """Header of a file. Errors: as `read_header`."""
-        return read_header(source, self.decode_rule)
-
-    def plan(self, size: tuple[int, int]) -> CropPlan:
-        """Plan of an upright image of `size` (width, height). Errors: as `plan_crops` and `check_limits`."""
-        plan = plan_crops(*size, self.crop_rule)
-        check_limits(
-            plan,
-            max_crops=self.max_crops,
-            max_aspect_ratio=self.max_aspect_ratio,
-            max_pixels=self.decode_rule.max_pixels,
-        )
-        return plan
-
-    def views(
-        self,
-        source: ImageSource,
-        plan: CropPlan,
-        *,
-        crops: Sequence[int] | None = None,
-        with_global: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels of the views of a file: see `make_views`. Errors: as `load_rgb`."""
-        rgb = load_rgb(source, self.decode_rule)
-        if rgb.size != plan.size:
-            raise ImageRefused(
-                "corrupt", f"the image is {rgb.size}, it was {plan.size} when its views were planned"
-            )
-        return make_views(rgb, plan, self.crop_rule, crops=crops, with_global=with_global)
+    out = torch.empty(3, side, side) if out is None else out
+    for channel, band in enumerate(picture.split()):
+        pixels = torch.from_numpy(np.array(band))
+        if picture.size == (side, side):
+            plane = torch.div(pixels, 255, out=out[channel])
+            plane.sub_(CLIP_MEAN[channel]).div_(CLIP_STD[channel])
+            continue
+        plane = pixels.to(torch.float32).div_(255).sub_(CLIP_MEAN[channel]).div_(CLIP_STD[channel])
+        out[channel] = torch.nn.functional.interpolate(
+            plane[None, None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
+        )[0, 0]
+    return out
 
 
 def _header(image: ImageFile.ImageFile, rule: DecodeRule) -> ImageHeader:
@@ -277,10 +236,11 @@ def _has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _to_rgb(image: Image.Image, alpha: str) -> Image.Image:
+def to_rgb(image: Image.Image, alpha: str) -> Image.Image:
+    """8-bit RGB of an image of any mode; alpha: see `DecodeRule`. Errors: `ImageRefused` `unsupported_mode`."""
     try:
         if not _has_alpha(image):
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # no copy of what is RGB already
         # through RGBA in both cases: Pillow drops a transparent palette entry only that way without a warning
         rgba = image.convert("RGBA")
         if alpha == "drop":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ class RawLine:
     def parse(self) -> Sample:
         """The sample of the line. Raises SampleRefused: see `parse_sample`."""
         return parse_sample(self.data, self.default_id)
+
+    def content(self) -> bytes:
+        """All that `parse` looks at. Images in files of their own are not part of it."""
+        return self.data
 
 
 class JsonlSource:
@@ -76,11 +81,15 @@ class JsonlSource:
         return RawLine(self.paths[number], int(file.line_numbers[within]), data)
 
     def describe(self) -> list[dict[str, int | str]]:
-        """Path, bytes and number of samples per file: what must not change before a run is resumed."""
+        """Path, bytes and number of samples per file."""
         return [
             {"path": path, "bytes": file.size, "samples": len(file.starts)}
             for path, file in zip(self.paths, self._files)
         ]
+
+    def digests(self) -> list[str]:
+        """sha256 of each file: what must not change before a run is resumed. Found by the same one scan."""
+        return [file.sha256 for file in self._files]
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -97,6 +106,7 @@ class _FileIndex:
     starts: np.ndarray
     lengths: np.ndarray
     line_numbers: np.ndarray
+    sha256: str
 
 
 def _scan(path: str) -> _FileIndex:
@@ -104,9 +114,10 @@ def _scan(path: str) -> _FileIndex:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            newlines, base = [], 0
+            newlines, base, seen = [], 0, hashlib.sha256()
             while chunk := file.read(_CHUNK_BYTES):
                 newlines.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + base)
+                seen.update(chunk)
                 base += len(chunk)
             ends = np.concatenate(newlines).astype(np.int64) if newlines else np.empty(0, dtype=np.int64)
             if base > (int(ends[-1]) + 1 if len(ends) else 0):
@@ -123,4 +134,4 @@ def _scan(path: str) -> _FileIndex:
     if not keep.any():
         raise DataError(f"{path}: holds no sample; every line that is not blank must be one JSON object")
     lengths = ends - starts
-    return _FileIndex(size, starts[keep], lengths[keep], np.flatnonzero(keep) + 1)
+    return _FileIndex(size, starts[keep], lengths[keep], np.flatnonzero(keep) + 1, seen.hexdigest())

@@ -1,11 +1,19 @@
 """The length index of a domain: tokens and views of every sample, made once and kept on disk.
 
 Planning needs lengths, not contents. A folder per domain holds `lengths.npy` (int32 [n, 3]: tokens, global
-views, crops), `reasons.npy` (uint8 [n], 0 = good) and `index.json`, which is written last and says what the
-index was made from: the files with sizes and times of change, the rules for images, and a fingerprint of
-tokenizer and template. Building is in `data/lengths_build.py`.
+views, crops), `reasons.npy` (uint8 [n], 0 = good), `contents.npy` (uint64 [n], a checksum of each record) and
+`index.json`, which is written last and says what the index was made from: the files with sizes and times of change,
+the rules for images, and a fingerprint of tokenizer and template. Building is in `data/lengths_build.py`.
 
-An index whose files or rules have changed since is an ERROR that names what changed, never rebuilt silently:
+**Which data are the same.** Measuring reads every record anyway, so its checksum costs nothing but 8 bytes. The
+identity of the data is these checksums with the sizes of the files and the rules; paths and times of change are not
+part of it, so that a copied folder continues a run. They only decide when to look: where they are as they were, the
+contents are believed; where not, every record is read again and compared (`lengths_build`), once, by the process
+that builds. A file that was edited behind an unchanged time and size is found when its first changed sample is
+trained on, since each is compared as it is loaded (`data/packed.py`). Not covered, as before, are pixels: an image
+that was replaced is noticed when its views or its tokens differ.
+
+An index whose contents or rules have changed since is an ERROR that names what changed, never rebuilt silently:
 other lengths mean another order of the data, and a run in progress could not be continued. Remove the folder
 to have it built anew.
 """
@@ -18,22 +26,24 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import numpy as np
 
+from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.crops import plan_crops
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.data.sample import ImagePart, Message, Sample, TextPart
 from megatron_vl.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 GOOD = 0
-LENGTHS_FILE, REASONS_FILE, DESCRIPTION_FILE = "lengths.npy", "reasons.npy", "index.json"
+LENGTHS_FILE, REASONS_FILE, CONTENTS_FILE = "lengths.npy", "reasons.npy", "contents.npy"
+DESCRIPTION_FILE = "index.json"
 PARTS_FOLDER = "parts"
 _PROBE_SIZES = ((40, 30), (728, 364), (1050, 250), (1920, 1080), (9000, 200))
 
@@ -56,7 +66,8 @@ class LengthIndex:
     """Lengths of one domain. tokens, globals_, crops: int32 [n], all 0 for a refused sample.
 
     tokens: true length, unlimited by data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
-    digest: of what it was made from. folder: where it is kept; other processes map the same files.
+    digest: of what it was made from. folder: where it is kept; other processes map the same files. contents:
+    uint64 [n], checksums of the records. left_out: images that pages go without, by reason.
     """
 
     name: str
@@ -67,6 +78,8 @@ class LengthIndex:
     reason_names: tuple[str, ...]
     digest: str
     folder: Path | None = None
+    contents: np.ndarray | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -85,8 +98,8 @@ class LengthIndex:
 
     def __reduce__(self):
         if self.folder is None:
-            return LengthIndex, tuple(getattr(self, field.name) for field in fields(self))
-        return _mapped, (self.folder, self.name, self.reason_names, self.digest)
+            return LengthIndex, tuple(getattr(self, one.name) for one in fields(self))
+        return _mapped, (self.folder, self.name, self.reason_names, self.digest, self.left_out)
 
 
 def index_folder(index_dir: str | os.PathLike, name: str) -> Path:
@@ -120,10 +133,37 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             "max_aspect_ratio": data.max_aspect_ratio,
             "apply_exif": data.apply_exif,
             "max_image_pixels": data.max_image_pixels,
+            **_refusals_of_backend(data),
         },
         "tokenizer": hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest(),
         "template": template_fingerprint(builder),
     }
+
+
+def checksum(raw: RawLine) -> int:
+    """64 bits over all that a record says: BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(raw.content(), digest_size=8).digest(), "little")
+
+
+def identity_of(description: dict[str, Any]) -> dict[str, Any]:
+    """What must not change, of a `made_from`: without places and times, which a copy has of its own."""
+    files = [
+        {key: value for key, value in file.items() if key not in ("path", "changed_ns")}
+        for file in description["files"]
+    ]
+    rules = {key: value for key, value in description["rules"].items() if key != "data_root"}
+    return {**description, "files": files, "rules": rules}
+
+
+def places_of(description: dict[str, Any]) -> dict[str, Any]:
+    """The rest: where the data lie, and when the files were changed."""
+    files = [{key: file[key] for key in ("path", "changed_ns")} for file in description["files"]]
+    return {"files": files, "data_root": description["rules"]["data_root"]}
+
+
+def _refusals_of_backend(data: DataConfig) -> dict[str, Any]:
+    """What DALI refuses beyond the rules depends on alpha; indexes of the other back end stay as they are."""
+    return {} if data.image_backend == "torch" else {"image_backend": [data.image_backend, data.alpha]}
 
 
 def digest_of(description: dict[str, Any]) -> str:
@@ -159,16 +199,17 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         then = record["made_from"]
-        changed = list(_differences(then, json.loads(json.dumps(description))))
+        changed = list(differences(identity_of(then), identity_of(json.loads(json.dumps(description)))))
         if changed:
             shown = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
             raise DataError(
                 f"the length index of domain {name} does not belong to the data any more: {shown}; a run that "
                 f"began with it must get those data back; otherwise {remedy}"
             )
-        index = _mapped(folder, name, tuple(record["reasons"]), digest_of(then))
+        digest = digest_of({**identity_of(then), "contents": record["contents"]})
+        index = _mapped(folder, name, tuple(record["reasons"]), digest, record["left_out"])
         samples = sum(int(file["samples"]) for file in then["files"])
-        sizes = {len(index), len(index.crops), len(index.reasons), samples}
+        sizes = {len(index), len(index.crops), len(index.reasons), len(index.contents), samples}
         if len(sizes) > 1 or int(index.reasons.max()) >= len(index.reason_names):
             raise ValueError(f"{len(index)} lengths and {len(index.reasons)} reasons for {samples} samples")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -176,10 +217,21 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
     return index
 
 
-def _mapped(folder: Path, name: str, reason_names: tuple[str, ...], digest: str) -> LengthIndex:
-    lengths = np.load(folder / LENGTHS_FILE, mmap_mode="r", allow_pickle=False)
-    reasons = np.load(folder / REASONS_FILE, mmap_mode="r", allow_pickle=False)
-    return LengthIndex(name, *(lengths[:, n] for n in range(3)), reasons, reason_names, digest, folder)
+def _mapped(
+    folder: Path, name: str, reason_names: tuple[str, ...], digest: str, left_out: dict[str, int]
+) -> LengthIndex:
+    lengths, reasons, contents = (
+        np.load(folder / file, mmap_mode="r", allow_pickle=False)
+        for file in (LENGTHS_FILE, REASONS_FILE, CONTENTS_FILE)
+    )
+    columns = (lengths[:, n] for n in range(3))
+    return LengthIndex(name, *columns, reasons, reason_names, digest, folder, contents, left_out)
+
+
+def places_that_differ(folder: Path, description: dict[str, Any]) -> list[str]:
+    """Paths and times of a finished index that are not those of the description."""
+    then = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))["made_from"]
+    return list(differences(places_of(then), places_of(description)))
 
 
 def wait_for_index(
@@ -209,15 +261,15 @@ def wait_for_index(
     return index
 
 
-def _differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+def differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
     """Leaves that differ, as `files[0].bytes was 10, is 12`."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
-            yield from _differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         for number, (one, other) in enumerate(zip(then, now)):
-            here = one.get("path", number) if isinstance(one, dict) else number
-            yield from _differences(one, other, f"{path}[{here}]")
+            here = other.get("path", number) if isinstance(other, dict) else number
+            yield from differences(one, other, f"{path}[{here}]")
     elif isinstance(then, list) and isinstance(now, list):
         yield f"{path}: {len(then)} then, {len(now)} now"
     elif then != now:

@@ -25,6 +25,7 @@ from megatron_vl.data.jsonl import JsonlSource
 from megatron_vl.data.order import SampleOrder, rows_for_step
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.errors import DataError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import share_views
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -86,7 +87,7 @@ class MicroBatches(Dataset):
         )
         if place.vision_rank is None:
             return batch
-        share = share_views(batch.view_kinds, place.vision_size)[place.vision_rank]
+        share = share_views(batch.view_kinds, place.vision_size, view_costs(model))[place.vision_rank]
         return self.builder.with_pixels(batch, [images for _, images in built], share)
 
 

@@ -19,6 +19,7 @@ from megatron_vl.data.packing import Documents
 from megatron_vl.data.plan_report import check_epochs
 from megatron_vl.data.plan_settings import Domain, PlanSettings
 from megatron_vl.data.row_plan import RowPlan, Windows, documents_of, rows_of
+from megatron_vl.data.whole_file import write_whole
 from megatron_vl.errors import DataError, raise_if_any
 from megatron_vl.plan.mixture import asks_of, in_epochs, phase_steps
 from megatron_vl.plan.mixture_checks import check_mixture
@@ -209,10 +210,7 @@ def save_plan(plan: RowPlan, path: Path) -> None:
     """Writes a plan; a reader finds it complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     note = {"digest": plan.digest, "orders": [asdict(order) for order in plan.orders]}
-    aside = path.with_name(path.name + ".writing")
-    with open(aside, "wb") as file:
-        np.savez(file, note=np.array(json.dumps(note)), **asdict(plan.windows))
-    os.replace(aside, path)
+    write_whole(path, lambda file: np.savez(file, note=np.array(json.dumps(note)), **asdict(plan.windows)))
 
 
 def load_plan(

@@ -16,7 +16,7 @@ from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.bad_samples import BadSample
 from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
 from megatron_vl.data.jsonl import RawLine
-from megatron_vl.data.lengths import Source
+from megatron_vl.data.lengths import Source, checksum
 from megatron_vl.data.lengths_build import length_index
 from megatron_vl.data.loader import Loader, Place
 from megatron_vl.data.make_plan import plan_of_run
@@ -25,6 +25,7 @@ from megatron_vl.data.plan_settings import TOO_MANY_VIEWS, PlanSettings
 from megatron_vl.data.row_plan import PlannedDocument, PlannedRow, RowPlan, assign_rows
 from megatron_vl.data.rows import PlannedImage, RowBuilder
 from megatron_vl.errors import DataError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 
 REFUSED_WHEN_INDEXED = "refused_when_indexed"
@@ -70,7 +71,7 @@ class PackedMicroBatches(Dataset):
 
     A sample that has become unreadable since its index was made is refused as anywhere else: its place in the
     row stays empty. One that was refused then stays so, since no place was kept for it
-    (`refused_when_indexed`). One of another length, or with other views, is a DataError that names it.
+    (`refused_when_indexed`). One with another content, length or other views is a DataError that names it.
     """
 
     source: DomainSources
@@ -100,7 +101,8 @@ class PackedMicroBatches(Dataset):
         batch = self._joined([row for row, _ in built])
         if self.place.vision_rank is None:
             return batch
-        share = share_views(batch.view_kinds, self.place.vision_size)[self.place.vision_rank]
+        costs = view_costs(self.builder.model)
+        share = share_views(batch.view_kinds, self.place.vision_size, costs)[self.place.vision_rank]
         # A refused document has no place in a packed row, and no image.
         images = [images for row, images in built if len(row.ids) or not self.plan.settings.packed]
         return self.builder.with_pixels(batch, images, share)
@@ -125,6 +127,13 @@ class PackedMicroBatches(Dataset):
         row, images = self.builder.build(raw)
         if row.refused is not None:
             return row, images
+        name = self.plan.settings.domains[planned.domain].name
+        contents = self.plan.domains[planned.domain].index.contents
+        if contents is not None and contents[planned.index] != checksum(raw):
+            raise DataError(
+                f"sample {row.sample_id} ({raw.source}:{raw.line}) of domain {name} is not what it was when the length "
+                "index was made; restore it, or remove the index and begin a new run"
+            )
         found = (len(row.ids), row.view_kinds.count(GLOBAL), row.view_kinds.count(CROP))
         if planned.refused == TOO_MANY_VIEWS:
             settings = self.plan.settings
@@ -137,7 +146,10 @@ class PackedMicroBatches(Dataset):
             detail = f"it was refused as {planned.refused} when the length index was made, and has no place"
             return _refused(row, raw, REFUSED_WHEN_INDEXED, detail)
         if found != (planned.tokens, planned.num_globals, planned.num_crops):
-            name = self.plan.settings.domains[planned.domain].name
+            if row.left_out:  # as with any other sample, an image that cannot be read any more ends no run
+                return _refused(
+                    row, raw, row.left_out[0], "an image that its length index has cannot be used"
+                )
             raise DataError(
                 f"sample {row.sample_id} ({raw.source}:{raw.line}) of domain {name} has {found[0]} tokens, "
                 f"{found[1]} global views and {found[2]} crops, but {planned.tokens}, {planned.num_globals} "

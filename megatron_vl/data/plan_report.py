@@ -134,6 +134,10 @@ def report_lines(plan: RowPlan, dp_size: int | None = None) -> list[str]:
                 f"  refused in domain {domain.index.name}: {sum(reasons.values()):,} of {len(domain.index):,} "
                 f"samples: {shown}"
             )
+        left_out = domain.index.left_out
+        if left_out:
+            shown = ", ".join(f"{reason} {count:,}" for reason, count in left_out.items())
+            lines.append(f"  images that pages of domain {domain.index.name} go without: {shown}")
     if dp_size is not None and settings.packed:
         vision, total = mean_balance(plan, dp_size)
         lines.append(
@@ -188,4 +192,5 @@ def record_of(plan: RowPlan) -> dict[str, Any]:
         "seq_length": plan.settings.seq_length,
         "phases": [{**asdict(phase), "efficiency": phase.efficiency} for phase in phase_totals(plan)],
         "refused": {domain.index.name: domain.refused() for domain in plan.domains},
+        "left_out": {domain.index.name: domain.index.left_out for domain in plan.domains},
     }

@@ -15,11 +15,12 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.bad_samples import BadSample, SampleRefused
 from megatron_vl.data.batch import FailedView, MicroBatch, Row, check_image_slots, empty_row
-from megatron_vl.data.crops import CropPlan, CropRule
-from megatron_vl.data.decode import DecodeRule, PillowBackend
+from megatron_vl.data.crops import CropPlan
+from megatron_vl.data.image_backend import image_backend
 from megatron_vl.data.image_checks import ImageSource, resolve_under
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.sample import Sample
+from megatron_vl.data.sources.html_page import PageSample
 from megatron_vl.data.sources.locator import LocatedImage
 from megatron_vl.data.sources.record import TokenSample
 from megatron_vl.data.template import Template
@@ -47,20 +48,16 @@ class RowBuilder:
         self.data = data
         self.model = model
         self.template = Template(tokenizer, model.tokens, model.vision, data.loss_on)
-        self.images = PillowBackend(
-            CropRule.for_model(model.vision.image_size, model.vision.crop_size, data.boundary_rule),
-            DecodeRule(data.alpha, data.apply_exif, data.max_image_pixels),
-            data.max_crops,
-            data.max_aspect_ratio,
-        )
+        self.images = image_backend(data, model)
 
     def build(self, raw: RawLine) -> tuple[Row, list[PlannedImage]]:
         """The row of one line and its images in order; a refused line gives an empty row with the reason.
 
         Reasons: those of `parse_sample`, of the image headers (`image_checks.REASONS`), of the template, and
-        too_long. Raises DataError when ids and views of a good sample disagree, which is an error of ours.
+        too_long. A web page goes without images that cannot be used, as long as they are not too many. Raises
+        DataError when ids and views of a good sample disagree, which is an error of ours.
         """
-        sample_id = raw.default_id
+        sample_id, failed = raw.default_id, {}
         try:
             sample = raw.parse()
             sample_id = sample.id
@@ -69,7 +66,9 @@ class RowBuilder:
                     raise SampleRefused("no_loss_tokens", f"{len(sample.ids)} token: none has a next one")
                 images, ids, labels = [], sample.ids, sample.ids
             else:
-                images = self._plan_images(sample, raw)
+                images, failed = self._plan_images(sample, raw)
+                if failed:
+                    sample = self._without(sample, failed)
                 ids, labels = self.template.render(sample, [image.plan for image in images])
             if len(ids) > self.data.seq_length:
                 raise SampleRefused(
@@ -80,22 +79,38 @@ class RowBuilder:
                 refusal.sample_id or sample_id, raw.source, raw.line, refusal.reason, refusal.detail
             )
             return empty_row(bad.id, bad), []
-        row = Row(sample_id, ids, labels, tuple(kind for image in images for kind in image.plan.view_kinds))
+        kinds = tuple(kind for image in images for kind in image.plan.view_kinds)
+        left_out = tuple(refusal.reason for refusal in failed.values())
+        row = Row(sample_id, ids, labels, kinds, left_out=left_out)
         vision = self.model.vision
         check_image_slots(row, self.model.tokens.im_patch, vision.global_tokens, vision.crop_tokens)
         return row, images
 
-    def _plan_images(self, sample: Sample, raw: RawLine) -> list[PlannedImage]:
-        planned = []
-        for image in sample.images:
+    def _plan_images(
+        self, sample: Sample, raw: RawLine
+    ) -> tuple[list[PlannedImage], dict[int, ImageRefused]]:
+        """The usable images of a sample, and why the others, by number, are not."""
+        planned, failed = [], {}
+        for number, image in enumerate(sample.images):
             try:
                 located = isinstance(image, LocatedImage)
                 source = image.bytes_at if located else resolve_under(self.data.data_root, image.path)
                 plan = self.images.plan(self.images.header(source).size)
             except ImageRefused as refusal:
-                raise SampleRefused(refusal.reason, _named(image.path, refusal)) from refusal
+                failed[number] = refusal
+                if not isinstance(sample, PageSample):
+                    break
+                continue
             planned.append(PlannedImage(image.path, source, plan, sample.id, raw.source, raw.line))
-        return planned
+        return planned, failed
+
+    def _without(self, sample: Sample, failed: dict[int, ImageRefused]) -> Sample:
+        """A page may go without some of its images; whatever else asks about an image makes no sense without it."""
+        detail = {number: _named(sample.images[number].path, refusal) for number, refusal in failed.items()}
+        if not isinstance(sample, PageSample):
+            (number, refusal) = next(iter(failed.items()))
+            raise SampleRefused(refusal.reason, detail[number]) from refusal
+        return sample.without_images({n: (refusal.reason, detail[n]) for n, refusal in failed.items()})
 
     def with_pixels(
         self, batch: MicroBatch, images: Sequence[Sequence[PlannedImage]], share: Sequence[int]
@@ -103,10 +118,10 @@ class RowBuilder:
         """The micro-batch with the pixels of the views in `share`, crops first, then globals, each ascending.
 
         images: per document of the batch. An image that cannot be decoded gives zeros and an entry in
-        `failed`.
+        `failed`. The pixels are of `self.images.dtype`, also where the share is empty.
         """
         wanted = set(share)
-        crops, globals_, failed = [batch.crop_pixels], [batch.global_pixels], []
+        crops, globals_, failed = [], [], []
         first_view = 0
         for document, document_images in enumerate(images):
             for image in document_images:
@@ -122,7 +137,13 @@ class RowBuilder:
         assert first_view == len(batch.view_kinds), (
             f"{first_view} planned views, {len(batch.view_kinds)} in the batch"
         )
-        return replace(batch, crop_pixels=torch.cat(crops), global_pixels=torch.cat(globals_), failed=failed)
+        dtype = self.images.dtype
+        return replace(
+            batch,
+            crop_pixels=_joined(crops, batch.crop_pixels.to(dtype)),
+            global_pixels=_joined(globals_, batch.global_pixels.to(dtype)),
+            failed=failed,
+        )
 
     def _decode(
         self, image: PlannedImage, crops: list[int], with_global: bool
@@ -131,11 +152,15 @@ class RowBuilder:
         try:
             return self.images.views(image.source, image.plan, crops=crops, with_global=with_global), None
         except ImageRefused as refusal:
-            large, small = self.images.crop_rule.global_size, self.images.crop_rule.crop_size
-            return (
-                torch.zeros(int(with_global), 3, large, large),
-                torch.zeros(len(crops), 3, small, small),
-            ), refusal
+            return self.images.zeros(len(crops), with_global), refusal
+
+
+def _joined(views: list[torch.Tensor], none: torch.Tensor) -> torch.Tensor:
+    """One tensor of all views. An empty one in the list would make torch rearrange channels-last bytes."""
+    filled = [tensor for tensor in views if len(tensor)]
+    if not filled:
+        return none
+    return filled[0] if len(filled) == 1 else torch.cat(filled)
 
 
 def _record(image: PlannedImage, refusal: ImageRefused) -> BadSample:

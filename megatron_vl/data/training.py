@@ -87,20 +87,28 @@ def plan_of(
 
 def open_domains(config: RunConfig, say: Callable[[str], None]) -> list[Source]:
     """The samples of each domain; indexes of files are kept in the run folder, or in packing.index_dir."""
-    data = config.data
-    folder = data.packing.index_dir or str(Path(config.run_dir) / "data_index")
-    return [
-        open_source(
-            domain.paths,
-            domain.format,
-            cache_dir=str(Path(folder) / "files"),
-            index_workers=max(1, data.packing.index_workers),
-            say=say,
-            action_schema=domain.action_schema,
-            token_rule=TokenRule.for_model(config.model),
-        )
-        for domain in training_domains(data.train, data.domains)
-    ]
+    domains = training_domains(config.data.train, config.data.domains)
+    return [open_domain(domain, config, str(files_folder(config)), say) for domain in domains]
+
+
+def open_domain(
+    domain: DomainConfig, config: RunConfig, cache_dir: str | None, say: Callable[[str], None]
+) -> Source:
+    """The samples of one domain. cache_dir: for the indexes of its files; None = keep none."""
+    return open_source(
+        domain.paths,
+        domain.format,
+        cache_dir=cache_dir,
+        index_workers=max(1, config.data.packing.index_workers),
+        say=say,
+        action_schema=domain.action_schema,
+        token_rule=TokenRule.for_model(config.model),
+    )
+
+
+def files_folder(config: RunConfig) -> Path:
+    """Where the indexes of a run's files are kept."""
+    return Path(config.data.packing.index_dir or Path(config.run_dir) / "data_index") / "files"
 
 
 def _reading(domain: DomainConfig) -> str:
@@ -115,11 +123,16 @@ def _silent(line: str) -> None:
 
 
 def sample_order(config: RunConfig, loader: Loader) -> str:
-    """What decides which samples step k trains on; it must not change when a run is resumed."""
+    """What decides which samples step k trains on; it must not change when a run is resumed.
+
+    Contents count, places and times do not: a copy of the data is the same data, an edited file is not.
+    """
     micro_batches = loader.micro_batches
     if isinstance(micro_batches, PackedMicroBatches):
         return order_description(micro_batches.plan)
+    source = micro_batches.source
     files = [
-        f"{f['path']} ({f['samples']} samples, {f['bytes']} bytes)" for f in micro_batches.source.describe()
+        f"{Path(f['path']).name} ({f['samples']} samples, {f['bytes']} bytes, sha256 {sha256[:16]})"
+        for f, sha256 in zip(source.describe(), source.digests(), strict=True)
     ]
     return f"{', '.join(files)} with seed {config.data.seed} and {config.train.global_batch_size} rows a step"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vl.data.crops import CropPlan
-from megatron_vl.data.decode import PillowBackend
+from megatron_vl.data.image_backend import ImageBackend
 from megatron_vl.data.image_checks import ImageSource
 from megatron_vl.errors import DataError, ImageRefused
 from megatron_vl.generate.feature_cache import DamagedFeatures, FeatureCache, feature_key
@@ -51,11 +51,11 @@ class FeatureCounts:
 class FeatureStore:
     """Features by content digest. images: how files become pixels, part of the key."""
 
-    def __init__(self, parts: Parts, images: PillowBackend, folder: str | Path) -> None:
+    def __init__(self, parts: Parts, images: ImageBackend, folder: str | Path) -> None:
         self.parts, self.images = parts, images
         self.cache = FeatureCache(folder)
         self.counts = FeatureCounts()
-        self.rule = f"{images.crop_rule} {images.decode_rule} exact"
+        self.rule = f"{images.crop_rule} {images.decode_rule} {images.mode} {type(images).__name__}"
         self._frozen = parts.config.model.freeze_vision and parts.config.model.freeze_projector
         self._weights: str | None = None
         self._rows: dict[str, int] = {}

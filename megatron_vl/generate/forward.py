@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.fusion import image_slots, put_features
 from megatron_vl.model.kv_cache import KVCache, attention_slots
 from megatron_vl.train.build import Parts
 
@@ -84,9 +84,8 @@ class Forward:
         embeddings = chunk.language_model.embedding(input_ids=ids, position_ids=None)
         if features is None:
             return embeddings
-        im_patch = chunk.model.tokens.im_patch
-        slots = feature_slots(ids, None, im_patch, features.shape[0], names)
-        return put_features(embeddings, features, slots)
+        slots = image_slots(ids, chunk.model.tokens.im_patch, features.shape[0], names)
+        return put_features(embeddings, features, *slots)
 
     def _receive(self, number: int, shape: tuple[int, int, int]) -> torch.Tensor:
         """The output of chunk ``number`` of the pipeline."""
@@ -125,16 +124,17 @@ def sampling_mode(parts: Parts) -> Iterator[None]:
     """
     modules = [module for chunk in parts.chunks for module in chunk.modules()]
     holders = {id(x): x for m in modules for x in (m, getattr(m, "config", None))}.values()
-    switched = [holder for holder in holders if getattr(holder, "sequence_parallel", False) is True]
+    names = ("sequence_parallel", "reduce_scatter_embeddings")
+    switched = [(x, name) for x in holders for name in names if getattr(x, name, False) is True]
     training = [module for module in modules if module.training]
     try:
         for chunk in parts.chunks:
             chunk.eval()
-        for holder in switched:
-            holder.sequence_parallel = False
+        for holder, name in switched:
+            setattr(holder, name, False)
         yield
     finally:
-        for holder in switched:
-            holder.sequence_parallel = True
+        for holder, name in switched:
+            setattr(holder, name, True)
         for module in training:
             module.training = True

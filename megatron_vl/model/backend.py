@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vl.errors import ConfigError
 from megatron_vl.model.attention import TorchCoreAttention
 from megatron_vl.model.norm import TorchNorm
+from megatron_vl.ops.varlen_attention import use_flash_attention
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def choose_backend(name: str) -> Backend:
-    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine).
+def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = "built_in") -> Backend:
+    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine), and its flash attention.
 
     Raises:
-        ConfigError: transformer_engine is asked for and cannot be used.
+        ConfigError: transformer_engine is asked for and cannot be used; the torch layers, chosen by auto, cannot do
+            what is asked for (plan/attention_checks.py has the rules that follow from the configuration alone).
     """
     usable = have_transformer_engine()
     if name == "transformer_engine" and not usable:
@@ -65,6 +67,12 @@ def choose_backend(name: str) -> Backend:
         )
     if name == "transformer_engine" or (name == "auto" and usable):
         return _transformer_engine()
+    if cp_comm_type == "a2a":
+        raise ConfigError(
+            "parallel.cp_comm_type = a2a: parallel.layer_backend auto chose the torch layers, which have p2p and "
+            "all_gather; use one of the two, or install transformer-engine"
+        )
+    use_flash_attention(flash_attention)
     return Backend("torch", ColumnParallelLinear, RowParallelLinear, TorchNorm, TorchCoreAttention)
 
 

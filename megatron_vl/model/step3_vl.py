@@ -5,28 +5,35 @@ The critic of PPO is the same class with a value head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
-from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.fusion import image_slots, put_features
 from megatron_vl.model.heads import ValueHead
+from megatron_vl.model.offload import Offload
 from megatron_vl.model.projector import Projector
+from megatron_vl.model.rope import extend_rope
 from megatron_vl.model.vision_encoder import VisionEncoder
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
-from megatron_vl.parallel.context_parallel import gather_features, held_positions, take_local
+from megatron_vl.parallel.context_parallel import take_local
+from megatron_vl.parallel.feature_exchange import exchange_features
+from megatron_vl.parallel.feature_plan import held_rows, plan_exchange
 from megatron_vl.parallel.groups import Groups
+from megatron_vl.plan.cost import view_costs
+from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.stages import Stage
-from megatron_vl.plan.vision_share import CROP, GLOBAL, gathered_order, share_views
+from megatron_vl.plan.vision_share import share_views
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,24 @@ class Step3VL(MegatronModule):
         groups: Groups,
         vp_stage: int | None,
         loss_chunk: int | None = None,
+        vision_chunk: int | None = None,
+        offload: bool = False,
         value_head: bool = False,
     ) -> None:
-        """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice. value_head: in the place
-        of the output projection; the last stage then gives a value per token.
+        """loss_chunk: tokens whose logits the loss holds at once, None = the plan's choice. vision_chunk: views that
+        the tower encodes at once, None = all; with a number each chunk is computed again in the backward pass.
+        offload: what decoder layers keep for the backward pass waits in host memory. value_head: in the place of the
+        output projection; the last stage then gives a value per token.
         """
         super().__init__(decoder)
         self.model, self.stage, self.groups, self.vp_stage = model, stage, groups, vp_stage
+        self.vision_chunk = vision_chunk
+        self.layout = Layout(
+            tp=groups.tp.size(),
+            cp=groups.cp.size(),
+            sp=decoder.sequence_parallel,
+            placement="tensor" if vision.tensor_model_parallel_size > 1 else "data",
+        )
         self.pre_process, self.post_process = stage.has_embedding, stage.has_head
         self.share_embeddings_and_output_weights = False
         self.vision_model = self.projector = None
@@ -89,10 +107,13 @@ class Step3VL(MegatronModule):
             post_process=stage.has_head,
             position_embedding_type="rope",
             rotary_base=model.text.rotary_base,
-            scatter_embedding_sequence_parallel=False,
+            scatter_embedding_sequence_parallel=True,  # features go into the slice that is left
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        text = model.text
+        rotary = self.language_model.rotary_pos_emb
+        extend_rope(rotary, text.kv_channels, text.rotary_base, text.rope_scaling)
         self.model_type = self.language_model.model_type
         self.head: HeadShard | None = None
         self.value_head: ValueHead | None = None
@@ -103,6 +124,7 @@ class Step3VL(MegatronModule):
             words = self.language_model.output_layer.output_size_per_partition
             chunk = loss_chunk_tokens(words, loss_chunk)
             self.head = HeadShard(model.text.vocab_size, groups.tp, decoder.sequence_parallel, chunk)
+        self.offload = offload
         self._mask_padded_vocab()
         self._freeze()
 
@@ -169,66 +191,84 @@ class Step3VL(MegatronModule):
 
     def _hidden_states(self, inputs: StageInputs) -> torch.Tensor:
         """``[S / cp (/ tp), b, h]`` after this stage's layers, on the last stage after the final norm too."""
+        embeddings = self._embed(inputs) if self.pre_process else None
+        keeping = Offload(self.language_model.parameters()).saving() if self.offload else nullcontext()
         whole, self.language_model.post_process = self.language_model.post_process, False
         try:  # Megatron-Core's model stops before its head, which would make all logits at once
-            return self.language_model(
-                input_ids=None,
-                position_ids=None,
-                attention_mask=None,
-                decoder_input=self._embed(inputs) if self.pre_process else None,
-                packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
-            )
+            with keeping:
+                return self.language_model(
+                    input_ids=None,
+                    position_ids=None,
+                    attention_mask=None,
+                    decoder_input=embeddings,
+                    packed_seq_params=packed_params(inputs.bounds, inputs.lengths, inputs.input_ids.device),
+                )
         finally:
             self.language_model.post_process = whole
 
     def _embed(self, inputs: StageInputs) -> torch.Tensor:
         """Token embeddings of this rank's positions with image features put in: ``[S / cp (/ tp), b, h]``."""
-        index = held_positions(inputs.input_ids, inputs.bounds, self.groups.cp)
-        ids = inputs.input_ids if index is None else inputs.input_ids[:, index]
+        ids = take_local(inputs.input_ids, inputs.bounds, self.groups.cp)
         embeddings = self.language_model.embedding(input_ids=ids, position_ids=None)
-        features = self.encode_views(inputs) if inputs.features is None else inputs.features
-        count = 0 if features is None else features.shape[0]
-        slots = feature_slots(inputs.input_ids, index, self.model.tokens.im_patch, count, inputs.sample_ids)
-        if features is not None:
-            embeddings = put_features(embeddings, features, slots)
-        if self.config.sequence_parallel:
-            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.groups.tp)
-        return embeddings
-
-    def encode_views(self, inputs: StageInputs) -> torch.Tensor | None:
-        """Projected features of all views of the micro-batch in stream order, ``[rows, h]``; None without views.
-
-        Each rank of the vision group encodes its share; a rank whose share is empty still takes part in the
-        exchange, and its tower gets no gradient there.
-        """
-        kinds = inputs.view_kinds
-        if not kinds:
-            return None
-        vision, group = self.model.vision, self.groups.vision
-        assert self.vision_model is not None, "a model without tower takes features"
+        kinds, vision = inputs.view_kinds, self.model.vision
         tokens = (vision.crop_tokens, vision.global_tokens)
-        assert (CROP, GLOBAL) == (0, 1), "kinds index the pair of token counts"
-        mine = [
-            self._project(pixels)
-            for pixels in (inputs.crop_pixels, inputs.global_pixels)
-            if pixels.shape[0] > 0
-        ]
-        device, dtype = inputs.input_ids.device, self.language_model.embedding.word_embeddings.weight.dtype
-        rows = (
-            torch.cat(mine) if mine else torch.zeros((0, self.config.hidden_size), device=device, dtype=dtype)
+        slots = image_slots(
+            inputs.input_ids, self.model.tokens.im_patch, sum(tokens[k] for k in kinds), inputs.sample_ids
         )
-        if not mine and torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_parameters()):
-            rows.requires_grad_()  # the exchange must have a backward on every rank, or its peers wait for ever
-        counts = [sum(tokens[kinds[v]] for v in views) for views in share_views(kinds, group.size())]
-        features = gather_features(rows, counts, group, self.groups.cp)
-        order = torch.tensor(gathered_order(kinds, group.size(), tokens), device=device)
-        return features.index_select(0, order)
+        if not kinds:
+            return embeddings
+        bounds, rank = inputs.bounds or [0, inputs.input_ids.shape[1]], self.groups.tp_cp.rank()
+        if inputs.features is not None:
+            held, positions = held_rows(slots[1], bounds, self.layout, rank)
+            features = inputs.features.index_select(0, torch.from_numpy(held).to(embeddings.device))
+            return put_features(embeddings, features, slots[0][held], positions)
+        assert self.vision_model is not None, "a model without tower takes features"
+        shares = share_views(kinds, self.layout.vision_size, view_costs(self.model))
+        plan = plan_exchange(kinds, shares, tokens, slots, bounds, self.layout, rank)
+        features = exchange_features(self.encode_views(inputs), plan, self.groups.tp_cp)
+        return put_features(embeddings, features, plan.slot_rows, plan.slot_positions)
 
-    def _project(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[n, 3, side, side] -> [n * tokens, h]``, view by view."""
+    def encode_views(self, inputs: StageInputs) -> torch.Tensor:
+        """Projected features of this rank's share of the views, crops then globals, ``[rows, h]``.
+
+        A rank whose share is empty has none, and its tower gets no gradient.
+        """
+        rows = [self._encode(pixels) for pixels in (inputs.crop_pixels, inputs.global_pixels) if len(pixels)]
+        if rows:
+            return torch.cat(rows)
+        dtype = self.language_model.embedding.word_embeddings.weight.dtype
+        nothing = torch.zeros((0, self.config.hidden_size), device=inputs.input_ids.device, dtype=dtype)
+        # the exchange must have a backward on every rank, or its peers wait for ever
+        return nothing.requires_grad_(torch.is_grad_enabled() and self._trains_vision())
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Views of one size, a chunk at a time: ``[n, 3, side, side] -> [n * tokens, h]``.
+
+        A chunk keeps its pixels alone and is computed again in the backward pass, so that the activations of one
+        chunk are alive. Reentrant, so that the gradient of each chunk is added up in fp32 by Megatron-Core's DDP
+        and not by autograd in the weights' dtype. The tower has no dropout, so no random state is kept.
+        """
+        if self.vision_chunk is None:
+            return self._project(pixels)
+        again = torch.is_grad_enabled() and not self.model.freeze_vision
+        if not again:  # a frozen tower keeps no activations
+            return torch.cat([self._project(chunk) for chunk in pixels.split(self.vision_chunk)])
+        anchor = torch.zeros((), device=pixels.device, requires_grad=True)  # pixels require no gradient
+        rows = [
+            checkpoint(self._project, chunk, anchor, use_reentrant=True, preserve_rng_state=False)
+            for chunk in pixels.split(self.vision_chunk)
+        ]
+        return torch.cat(rows)
+
+    def _project(self, pixels: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
+        """``[n, 3, side, side] -> [n * tokens, h]``, view by view. anchor: makes a checkpoint have a backward."""
+        del anchor
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.freeze_vision):
             features = self.vision_model(pixels)
         return self.projector(features).transpose(0, 1).flatten(0, 1)
+
+    def _trains_vision(self) -> bool:
+        return any(p.requires_grad for p in self.vision_parameters())
 
 
 def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:

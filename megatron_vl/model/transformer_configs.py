@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import ParallelConfig, RecomputeConfig
 from megatron_vl.ops.activation import quick_gelu
+from megatron_vl.plan.rope import attention_scale
 from megatron_vl.plan.stages import Stage, to_megatron_layout
 
 
@@ -69,12 +70,14 @@ def decoder_config(
         normalization="RMSNorm",
         layernorm_epsilon=text.layernorm_epsilon,
         qk_layernorm=True,
+        softmax_scale=attention_scale(text.kv_channels, text.rope_scaling),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         # Interleaved, two stages are each other's next and previous at once. A batched exchange pairs their sends

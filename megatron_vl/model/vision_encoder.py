@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
 from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.ops.pixels import normalised
 
 
 class LayerScaleResidual(torch.nn.Module):
@@ -30,13 +31,14 @@ class LayerScaleResidual(torch.nn.Module):
         self.gamma = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype))
 
     def forward(self, training: bool, fused: bool):
-        del fused  # one form only; csrc/ may bring a fused one
+        del training, fused  # one form only; csrc/ may bring a fused one
 
         def add(x_with_bias, residual: torch.Tensor, dropout: float) -> torch.Tensor:
             assert dropout == 0.0, "the tower has no dropout"
             x, bias = x_with_bias
-            # Megatron-Core calls the slot under enable_grad even in evaluation, which would keep a graph alive
-            with torch.set_grad_enabled(training and torch.is_grad_enabled()):
+            # Megatron-Core calls the slot under enable_grad even in evaluation and in the first pass of a
+            # recomputed chunk, which would keep a graph alive; what comes in knows better
+            with torch.set_grad_enabled(x.requires_grad or residual.requires_grad):
                 return residual + self.gamma * (x if bias is None else x + bias)
 
         return add
@@ -119,7 +121,10 @@ class VisionEncoder(MegatronModule):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop."""
+        """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop.
+
+        pixels: floats that are normalised, or bytes.
+        """
         grid = pixels.shape[-1] // self.vision.patch_size
         hidden = self.embed(pixels, grid)
         angles = rotary_angles(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
@@ -130,7 +135,7 @@ class VisionEncoder(MegatronModule):
 
     def embed(self, pixels: torch.Tensor, grid: int) -> torch.Tensor:
         """Patch embedding plus position table, after ``ln_pre``: ``[grid * grid, n, width]``."""
-        patches, _ = self.conv1(patchify(pixels.to(self.conv1.weight.dtype), self.vision.patch_size))
+        patches, _ = self.conv1(patchify(normalised(pixels, self.conv1.weight.dtype), self.vision.patch_size))
         return self.ln_pre(patches + self.position_table(grid)[:, None, :])
 
     def position_table(self, grid: int) -> torch.Tensor:

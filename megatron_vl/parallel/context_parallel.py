@@ -1,4 +1,4 @@
-"""Context parallelism on the sequence dimension: which tokens a rank holds, and the exchange of K and V.
+"""Context parallelism on the sequence dimension: which tokens a rank holds.
 
 Each document is cut into ``2 * cp`` equal chunks and rank ``r`` holds chunks ``r`` and ``2 * cp - 1 - r``
 ("zigzag"), so that causal attention costs every rank the same.
@@ -44,70 +44,3 @@ def take_local(rows: torch.Tensor, bounds: list[int] | None, group: dist.Process
     """What this context-parallel rank holds of whole rows: ``[b, S] -> [b, S / cp]``."""
     index = held_positions(rows, bounds, group)
     return rows if index is None else rows[:, index]
-
-
-class _GatherSequence(torch.autograd.Function):
-    """All-gather along dimension 0; the gradient is summed over the group and scattered back.
-
-    ``torch.distributed.nn.functional.all_gather`` is not used: its backward looks up global ranks and fails
-    in a subgroup (design/megatron_core.md section 4).
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        x = x.contiguous()
-        out = torch.empty((group.size() * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        size = ctx.group.size()
-        out = torch.empty((grad.shape[0] // size, *grad.shape[1:]), dtype=grad.dtype, device=grad.device)
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
-
-
-def gather_sequence(x: torch.Tensor, cu_seqlens: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's tokens in row order: ``[S / cp, ...] -> [S, ...]``, differentiable."""
-    index = global_order(cu_seqlens, group.size(), x.device)
-    return _GatherSequence.apply(x, group).index_select(0, index)
-
-
-class _GatherFeatures(torch.autograd.Function):
-    """Gather rows of unequal counts over ``group``; each rank gets back the gradient of its own rows.
-
-    The gradient of a feature row is wanted by the context-parallel ranks that hold its position, so it is
-    summed over ``cp_group``. Tensor-parallel ranks hold equal copies of it: it is not summed over them.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, counts: list[int], group, cp_group) -> torch.Tensor:
-        ctx.counts, ctx.group, ctx.cp_group = counts, group, cp_group
-        longest = max(counts)
-        mine = rows.new_zeros((longest, rows.shape[1]))
-        mine[: rows.shape[0]] = rows
-        out = torch.empty((len(counts) * longest, rows.shape[1]), dtype=rows.dtype, device=rows.device)
-        dist.all_gather_into_tensor(out, mine, group=group)
-        return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(counts)])
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        if ctx.cp_group.size() > 1:
-            grad = grad.contiguous()
-            dist.all_reduce(grad, group=ctx.cp_group)
-        start = sum(ctx.counts[: ctx.group.rank()])
-        return grad[start : start + ctx.counts[ctx.group.rank()]], None, None, None
-
-
-def gather_features(rows: torch.Tensor, counts: list[int], group, cp_group) -> torch.Tensor:
-    """``[counts[rank], h] -> [sum(counts), h]`` in rank order, differentiable.
-
-    rows: this rank's feature rows. counts: rows of every rank of ``group`` (known from the plan, so that no
-    sizes are exchanged). cp_group: the ranks among which the positions are split.
-    """
-    assert rows.shape[0] == counts[group.rank()], "the local feature rows do not match the plan"
-    if group.size() == 1:
-        return rows
-    return _GatherFeatures.apply(rows, counts, group, cp_group)

@@ -14,8 +14,8 @@ from megatron_vl.plan.layout import Layout
 
 @dataclass(frozen=True)
 class Groups:
-    """megatron: what Megatron-Core's parts take. vision: the ranks over which the views of a micro-batch are
-    shared out. replica: all ranks of one data-parallel replica. alone: this rank only.
+    """megatron: what Megatron-Core's parts take. tp_cp: the ranks that hold one micro-batch on a pipeline stage, tensor
+    fastest; they share out its views. replica: all ranks of one data-parallel replica. alone: this rank only.
     """
 
     megatron: ProcessGroupCollection
@@ -24,7 +24,7 @@ class Groups:
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
-    vision: dist.ProcessGroup
+    tp_cp: dist.ProcessGroup
     replica: dist.ProcessGroup
     alone: dist.ProcessGroup
 
@@ -52,7 +52,7 @@ def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
         pp=megatron.pp,
         dp=megatron.dp,
         dp_cp=megatron.dp_cp,
-        vision=megatron.tp_cp if layout.placement == "data" else megatron.cp,
+        tp_cp=megatron.tp_cp,
         replica=replica,
         alone=alone,
     )

@@ -25,8 +25,9 @@ from megatron_vl.config.schema import (
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel.world import LocalWorld, RankFailed
 from megatron_vl.parity.compare import BF16, FP32, Assembled, Tolerances, distances, gradient_distances
-from megatron_vl.parity.layouts import ALL, NamedLayout, parse_layout
+from megatron_vl.parity.layouts import ALL, PACKED, NamedLayout, parse_layout
 from megatron_vl.parity.on_rank import Job, run
+from megatron_vl.parity.packed_cases import CASES, PackedCheck, PackedRow, named_cases
 from megatron_vl.parity.reference import Document, Reference, arrange, documents, read_reference
 from megatron_vl.plan.checks import check_layout
 from megatron_vl.plan.layout import Layout
@@ -248,7 +249,14 @@ def parser() -> argparse.ArgumentParser:
         "projector output, logits, losses and the gradient of every weight with a reference file."
     )
     p.add_argument("--hf", required=True, type=Path, help="checkpoint directory in the released layout")
-    p.add_argument("--reference", required=True, type=Path, help="reference results (safetensors)")
+    p.add_argument("--reference", type=Path, help="reference results (safetensors)")
+    p.add_argument(
+        "--packed-cases",
+        nargs="?",
+        const="all",
+        help="instead of a reference: packed rows against their documents one by one on one rank, in fp32; all, or "
+        + ", ".join(CASES),
+    )
     p.add_argument("--layouts", default="all", help=f"all, or names separated by commas: {', '.join(ALL)}")
     p.add_argument("--placements", default="data,tensor", help="where the tower's work goes (default: both)")
     p.add_argument("--formats", default="dense,packed", help="row formats (default: both)")
@@ -265,6 +273,10 @@ def parser() -> argparse.ArgumentParser:
 
 def make_setting(args: argparse.Namespace) -> Setting:
     """Read the model, the checkpoint's table of contents and the reference."""
+    if args.reference is None:
+        raise ConfigError(
+            "--reference FILE.safetensors is missing; --packed-cases is the check that needs none"
+        )
     model = model_from_hf(args.hf)
     HFCheckpoint(args.hf).check(model)
     reference = read_reference(args.reference)
@@ -274,7 +286,22 @@ def make_setting(args: argparse.Namespace) -> Setting:
     )  # fmt: skip
 
 
-def write_json(path: Path, rows: list[Row]) -> None:
+def check_packed(args: argparse.Namespace) -> Iterator[PackedRow]:
+    """The rows of --packed-cases; ``--layouts all`` are those of `layouts.PACKED`."""
+    cases = named_cases(args.packed_cases)
+    layouts = list(PACKED) if args.layouts == "all" else [n for n in args.layouts.split(",") if n]
+    placements = args.placements.split(",")
+    model = model_from_hf(args.hf)
+    HFCheckpoint(args.hf).check(model)
+    wanted = make_cases(",".join(layouts), args.placements, "packed", args.device)
+    check_devices(wanted, args.device)
+    with LocalWorld(max((c.named.world_size for c in wanted), default=1), args.device) as world:
+        for placement in placements:
+            check = PackedCheck(str(args.hf), model, placement=placement, device=args.device)
+            yield from check.rows(world, layouts, cases)
+
+
+def write_json(path: Path, rows: list[Row] | list[PackedRow]) -> None:
     """The rows as a JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -12,6 +12,7 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.parallel.context_parallel import global_order
 from megatron_vl.parity.on_rank import Seen
 from megatron_vl.parity.reference import Batches, Document, Reference
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.sequence import row_multiple
 from megatron_vl.plan.vision_share import CROP, share_views
@@ -99,8 +100,8 @@ class Assembled:
         self, dp: int, micro_batch: int, kinds: list[int], kind: int, name: str
     ) -> dict[int, torch.Tensor]:
         found = {}
-        size = self.layout.vision_size
-        for vision_rank, views in enumerate(share_views(kinds, size)):
+        shares = share_views(kinds, self.layout.vision_size, view_costs(self.model))
+        for vision_rank, views in enumerate(shares):
             mine = [v for v in views if kinds[v] == kind]
             if not mine:
                 continue

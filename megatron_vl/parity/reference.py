@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
 from megatron_vl.errors import CheckpointError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.sequence import row_multiple
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
@@ -139,14 +140,14 @@ class Batches:
     placed: list[Placed]
 
 
-def arrange(docs: Sequence[Document], layout: Layout, packed: bool) -> Batches:
+def arrange(docs: Sequence[Document], layout: Layout, packed: bool, per_packed_row: int = 2) -> Batches:
     """Spread the samples over data-parallel ranks and micro-batches.
 
-    Dense: one sample per row. Packed: two samples per row. What does not fill the layout (DP ranks, or the
+    Dense: one sample per row. Packed: ``per_packed_row`` samples. What does not fill the layout (DP ranks, or the
     micro-batches that the interleaved schedule wants) is completed by fully masked rows.
     """
     multiple = row_multiple(layout.tp, layout.cp, layout.sp)
-    per_row = 2 if packed else 1
+    per_row = per_packed_row if packed else 1
     groups = [list(docs[i : i + per_row]) for i in range(0, len(docs), per_row)]
     rounds = -(-len(groups) // layout.dp)
     if layout.vpp > 1:
@@ -184,7 +185,7 @@ def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: in
             batch = pack(rows, batches.seq_length, multiple, padding, *sizes)
         else:
             batch = collate(rows, batches.seq_length, padding, *sizes)
-        made.append(_with_pixels(batch, docs, layout, rank))
+        made.append(_with_pixels(batch, docs, model, layout, rank))
     return made
 
 
@@ -200,12 +201,15 @@ def _row(doc: Document) -> Row:
     return Row(f"sample{doc.number}", doc.ids, labels, tuple(doc.kinds))
 
 
-def _with_pixels(batch: MicroBatch, docs: Sequence[Document], layout: Layout, rank: int) -> MicroBatch:
+def _with_pixels(
+    batch: MicroBatch, docs: Sequence[Document], model: ModelConfig, layout: Layout, rank: int
+) -> MicroBatch:
     coords = layout.coords(rank)
     if coords.pp != 0 or not batch.view_kinds:
         return batch
     pixels = [p for doc in docs for p in doc.pixels]
-    mine = share_views(batch.view_kinds, layout.vision_size)[layout.vision_rank(coords)]
+    shares = share_views(batch.view_kinds, layout.vision_size, view_costs(model))
+    mine = shares[layout.vision_rank(coords)]
     crops = [pixels[v] for v in mine if batch.view_kinds[v] == CROP]
     whole = [pixels[v] for v in mine if batch.view_kinds[v] == GLOBAL]
     return replace(

@@ -11,7 +11,9 @@ from megatron_vl.config.mixture import DomainConfig
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_vl.errors import Problem
+from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.budget import total_tokens
+from megatron_vl.plan.image_checks import check_dali, check_images
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
 from megatron_vl.plan.rl_checks import check_rl
@@ -51,6 +53,8 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
         *check_packing(
             config.data.packing, config.parallel, config.data.seq_length, config.train.micro_batch_size
         ),
+        *check_images(config.data, config.parallel),
+        *check_attention(config.model.text, config.parallel, config.data.packing),
         *_device(config),
         *check_rl(config.rl),
         *_length_and_schedule(config),
@@ -110,7 +114,7 @@ def check_ready_to_train(config: RunConfig) -> list[Problem]:
         ("data.tokenizer", data.tokenizer, "no tokenizer", "give a tokenizer.json or a SentencePiece .model"),
         ("schedule.phases", config.schedule.phases, "no learning rate", "give at least one phase"),
     )
-    problems = [*check_token_ids(config.model)]
+    problems = [*check_token_ids(config.model), *check_dali(data)]
     problems += [Problem(path, value, rule, remedy) for path, value, rule, remedy in needed if not value]
     if train.eval_interval and not data.eval:
         problems.append(

@@ -92,6 +92,15 @@ def view_flops(model: ModelConfig, kind: int) -> dict[str, int]:
     }
 
 
+def view_costs(model: ModelConfig) -> tuple[int, int]:
+    """Forward FLOPs of one crop and of one global view: what `share_views` balances.
+
+    Whatever is frozen or computed again, so that it is a function of the model's shape alone.
+    """
+    crop, whole = (sum(view_flops(model, kind).values()) for kind in (CROP, GLOBAL))
+    return crop, whole
+
+
 def decoder_layer_flops(
     model: ModelConfig, doc_lengths: Sequence[int], tokens: int | None = None
 ) -> tuple[int, int]:
@@ -151,6 +160,9 @@ def train_multipliers(model: ModelConfig, recompute: RecomputeConfig | None = No
         return result
     if recompute.vision == "full" and train_vision:
         for part in ("vision_linear", "vision_attention"):
+            result[part] += 1
+    if recompute.vision_chunk_views is not None and train_vision:
+        for part in TOWER_PARTS:
             result[part] += 1
     if decoder_flow and recompute.decoder != "none":
         result["decoder_attention"] += 1

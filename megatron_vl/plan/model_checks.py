@@ -7,11 +7,13 @@ from dataclasses import fields
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.errors import Problem
+from megatron_vl.plan.rope import check_rope_scaling
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
     """Dimensions of the model that contradict each other."""
-    return [*_vision_dimensions(model), *_text_dimensions(model), *_frozen(model)]
+    scaling = check_rope_scaling(model.text.rope_scaling)
+    return [*_vision_dimensions(model), *_text_dimensions(model), *scaling, *_frozen(model)]
 
 
 def divides(path: str, size: int, values: Mapping[str, int], why: str = "") -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from megatron_vl.plan.cost import (
     TOWER_PARTS,
     decoder_layer_flops,
     decoder_layer_matrices,
+    view_costs,
     view_flops,
 )
 from megatron_vl.plan.layout import Coords, Layout
@@ -41,7 +42,7 @@ def flops_by_rank(
     the rows by which the vocabulary is padded to a multiple of TP.
     """
     views = {kind: view_flops(model, kind) for kind in (CROP, GLOBAL)}
-    vision_shares = share_views(view_kinds, layout.vision_size)
+    vision_shares = share_views(view_kinds, layout.vision_size, view_costs(model))
     tower_split = layout.tp if layout.placement == "tensor" else 1
     linear, attention = decoder_layer_flops(model, doc_lengths, tokens)
     rows = sum(doc_lengths) if tokens is None else tokens

@@ -1,4 +1,4 @@
-"""Which rank encodes which view (placement `data`), and how features return to stream order."""
+"""Which rank encodes which view: shares of equal cost."""
 
 from __future__ import annotations
 
@@ -8,50 +8,54 @@ CROP = 0
 GLOBAL = 1
 
 
-def share_views(kinds: Sequence[int], size: int) -> list[list[int]]:
-    """Shares the views of one micro-batch out over `size` ranks.
+def share_views(kinds: Sequence[int], size: int, costs: tuple[int, int]) -> list[list[int]]:
+    """Shares the views of one micro-batch, of all its rows, out over `size` ranks by cost.
 
-    kinds: CROP or GLOBAL per view, in token-stream order. Returns for each rank the indices of its views: its
-    crops first, then its globals, both ascending.
+    kinds: CROP or GLOBAL per view, in token-stream order. costs: of one crop and of one global view
+    (`plan.cost.view_costs`); whole numbers, so that loaders and models on any machine agree. Returns for each rank
+    the indices of its views: its crops first, then its globals, both ascending and contiguous among their kind.
 
-    Crops and globals are each cut into contiguous blocks that differ by at most one view. The globals'
-    remainder goes to the first ranks and the crops' remainder to the ranks after those, so that the total per
-    rank differs by at most one as well, and no rank gets both a spare global and a spare crop while another
-    gets neither.
+    Longest processing time first (Graham 1969): the dearer kind is dealt out evenly, then each view of the other
+    goes to the rank that has least. No share costs more than the mean plus one view, nor more than
+    4/3 - 1 / (3 size) times the best possible; equal costs give shares that differ by at most one view.
     """
     if size < 1:
         raise ValueError(f"size = {size}: views are shared over at least one rank")
-    crops = [index for index, kind in enumerate(kinds) if kind == CROP]
-    globals_ = [index for index, kind in enumerate(kinds) if kind == GLOBAL]
-    if len(crops) + len(globals_) != len(kinds):
+    if min(costs) < 1:
+        raise ValueError(f"costs = {costs}: every view costs something")
+    views = [[index for index, kind in enumerate(kinds) if kind == wanted] for wanted in (CROP, GLOBAL)]
+    if sum(map(len, views)) != len(kinds):
         raise ValueError(f"kinds = {list(kinds)}: every view is CROP ({CROP}) or GLOBAL ({GLOBAL})")
-    crop_blocks = _blocks(crops, size, first=len(globals_) % size)
-    global_blocks = _blocks(globals_, size, first=0)
-    return [mine + whole for mine, whole in zip(crop_blocks, global_blocks)]
+    dear = GLOBAL if costs[GLOBAL] >= costs[CROP] else CROP
+    even, filling = _deal(len(views[dear]), len(views[1 - dear]), size, costs[dear] // costs[1 - dear])
+    crops, globals_ = (even, filling) if dear == CROP else (filling, even)
+    return [
+        mine + whole for mine, whole in zip(_blocks(views[CROP], crops), _blocks(views[GLOBAL], globals_))
+    ]
 
 
-def gathered_order(kinds: Sequence[int], size: int, tokens: tuple[int, int]) -> list[int]:
-    """Where each feature row of the token stream lies in the concatenation of all ranks' features.
+def _deal(num_dear: int, num_cheap: int, size: int, ratio: int) -> tuple[list[int], list[int]]:
+    """Views of the dearer and of the cheaper kind per rank; a dear one costs `ratio` cheap ones or a part more.
 
-    tokens: feature rows of one crop and of one global view. The concatenation holds the ranks in order, and
-    of each rank the views in the order of `share_views`. Returns `order` with `stream[i] =
-    concatenation[order[i]]`.
+    The first `ahead` ranks have one dear view more. The others take ratio + 1 cheap views before one of the first is
+    the cheapest again; from then on rank after rank takes one, those first ones first.
     """
-    start_of_view: dict[int, int] = {}
-    row = 0
-    for view in (index for rank_views in share_views(kinds, size) for index in rank_views):
-        start_of_view[view] = row
-        row += tokens[kinds[view]]
-    return [start_of_view[view] + offset for view, kind in enumerate(kinds) for offset in range(tokens[kind])]
+    base, ahead = divmod(num_dear, size)
+    dear = [base + (rank < ahead) for rank in range(size)]
+    behind = size - ahead
+    catching_up = min(num_cheap, (ratio + 1) * behind if ahead else 0)
+    each, spare = divmod(catching_up, behind)
+    rounds, left = divmod(num_cheap - catching_up, size)
+    cheap = [rounds + (rank < left) for rank in range(size)]
+    for rank in range(behind):
+        cheap[ahead + rank] += each + (rank < spare)
+    return dear, cheap
 
 
-def _blocks(indices: list[int], size: int, first: int) -> list[list[int]]:
-    """Cuts `indices` into `size` contiguous blocks; those from `first` on, cyclically, get one more."""
-    base, spare = divmod(len(indices), size)
-    larger = {(first + extra) % size for extra in range(spare)}
+def _blocks(indices: list[int], counts: Sequence[int]) -> list[list[int]]:
+    """Cuts `indices` into contiguous blocks of the given lengths."""
     blocks, start = [], 0
-    for rank in range(size):
-        end = start + base + (rank in larger)
-        blocks.append(indices[start:end])
-        start = end
+    for count in counts:
+        blocks.append(indices[start : start + count])
+        start += count
     return blocks

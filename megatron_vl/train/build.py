@@ -51,7 +51,7 @@ def build(
     projection, and no tower: it is fed the features of its actor's.
     """
     parallel, model = config.parallel, config.model
-    backend = choose_backend(parallel.layer_backend)
+    backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(
@@ -62,20 +62,11 @@ def build(
     if value_head:
         stages = [[replace(stage, has_vision=False) for stage in of_rank] for of_rank in stages]
     mine = stages[runtime.coords.pp]
-    loss_chunk = config.train.loss_chunk_tokens
+    numbers = range(len(mine)) if len(mine) > 1 else [None]
+    options = (config.train.loss_chunk_tokens, config.recompute.vision_chunk_views, config.recompute.offload)
     bare = [
-        Step3VL(
-            model,
-            decoder,
-            vision,
-            stage,
-            backend,
-            runtime.groups,
-            i if len(mine) > 1 else None,
-            loss_chunk,
-            value_head,
-        )  # fmt: skip
-        for i, stage in enumerate(mine)
+        Step3VL(model, decoder, vision, stage, backend, runtime.groups, number, *options, value_head)
+        for number, stage in zip(numbers, mine)
     ]
     for chunk in bare:
         chunk.to(runtime.device)

@@ -19,7 +19,9 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.budget import tokens_per_step
-from megatron_vl.plan.cost import peak_flops, sample_flops, tower_and_decoder, train_flops
+from megatron_vl.plan.cost import peak_flops, sample_flops, tower_and_decoder, train_flops, view_costs
+from megatron_vl.plan.row_work import WorkRates
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 from megatron_vl.train.step import StepResult
 
 
@@ -31,8 +33,9 @@ class StepMetrics:
     step. loss, grad_norm: null in the file when not finite. skipped_steps: how many such steps there were up to now.
     tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no recomputation) per
     second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start. rows_filled: share of
-    the row tokens that are real. vision_balance, work_balance: FLOPs of the tower, and all, of the data-parallel rank
-    that has most, over their mean.
+    the row tokens that are real. vision_balance: FLOPs of the tower that the slowest replica waits for, micro-batch by
+    micro-batch those of its busiest rank, over the mean of all ranks with the tower. work_balance: all FLOPs of the
+    data-parallel rank that has most, over their mean.
     """
 
     step: int
@@ -83,13 +86,14 @@ class Meter:
         sums = torch.tensor([tower, decoder, *counts], dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(sums, group=self.runtime.groups.dp)
         views = counts[1] + counts[2]
+        busiest = busiest_tower_flops(self.config, self.runtime.layout.vision_size, batches)
         worst = torch.tensor(
-            [waited, memory_in_use(self.runtime.device), seconds, views, -views, tower, tower + decoder],
+            [waited, memory_in_use(self.runtime.device), seconds, views, -views, busiest, tower + decoder],
             dtype=torch.float64, device=self.runtime.device,
         )  # fmt: skip
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         tower, decoder, text_tokens, images, crops = sums.tolist()
-        waited, memory, seconds, most_views, fewest_views, most_tower, most_work = worst.tolist()
+        waited, memory, seconds, most_views, fewest_views, busiest, most_work = worst.tolist()
         self._recent = [*self._recent[-19:], seconds]
         ranks, dp = self.runtime.layout.world_size, self.runtime.layout.dp
         rate = (tower + decoder) / seconds / ranks
@@ -99,7 +103,7 @@ class Meter:
             tokens_per_second_per_gpu=text_tokens / seconds / ranks, model_tflops=rate / 1e12, mfu=rate / self.peak,
             tower_share=tower / max(tower + decoder, 1.0),
             rows_filled=text_tokens / tokens_per_step(self.config),
-            vision_balance=most_tower * dp / tower if tower else 1.0,
+            vision_balance=busiest * dp * self.runtime.layout.vision_size / tower if tower else 1.0,
             work_balance=most_work * dp / (tower + decoder) if tower + decoder else 1.0,
             images=int(images), crops=int(crops),
             views_of_a_replica_min=-int(fewest_views), views_of_a_replica_max=int(most_views),
@@ -116,6 +120,19 @@ def step_flops(config: RunConfig, batches: Sequence[MicroBatch]) -> tuple[float,
         for i, part in enumerate(tower_and_decoder(train_flops(config.model, forward))):
             totals[i] += part
     return totals[0], totals[1]
+
+
+def busiest_tower_flops(config: RunConfig, vision_size: int, batches: Sequence[MicroBatch]) -> float:
+    """Model FLOPs of the tower on the rank that has most of each micro-batch, added up over the micro-batches.
+
+    The exchange of features makes the ranks of a replica wait for each other in every micro-batch.
+    """
+    rates, costs = WorkRates.of(config.model), view_costs(config.model)
+    total = 0
+    for batch in batches:
+        shares = [[batch.view_kinds[v] for v in s] for s in share_views(batch.view_kinds, vision_size, costs)]
+        total += max(rates.vision(kinds.count(GLOBAL), kinds.count(CROP)) for kinds in shares)
+    return float(total)
 
 
 def memory_in_use(device: torch.device) -> int:

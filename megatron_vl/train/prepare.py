@@ -59,14 +59,14 @@ def first_weights(config: RunConfig, stored: Stored | None, runtime: Runtime) ->
     if config.train.init_from is not None:
         first = choose_first(config.train.init_from, config.checkpoint, runtime)
         where = f"{first.folder / 'config.yaml'}"
-        check_same_model(first.model, config.model, where, "make the model of this run the same")
+        remedy = "make the model of this run the same"
+        check_same_model(first.model, config.model, where, remedy, may_extend=True)
         return FirstWeights(first.weight, first.state.get("source_dtypes"))
     if config.train.init_from_hf is None:
         return FirstWeights(FreshWeights(config.model, config.train.seed), None)
     folder = config.train.init_from_hf
-    check_same_model(
-        model_from_hf(folder), config.model, f"{folder}/config.json", f"set model_from: {folder}"
-    )
+    where, remedy = f"{folder}/config.json", f"set model_from: {folder}"
+    check_same_model(model_from_hf(folder), config.model, where, remedy, may_extend=True)
     checkpoint = HFCheckpoint(folder)
     checkpoint.check(config.model)
     dtypes = {name: checkpoint.shape_and_dtype(name)[1] for name in checkpoint.files}

@@ -34,6 +34,9 @@ BAD_FILES = {
     "optim: {weight_decay: -.inf}": "optim.weight_decay = -inf: must be a finite number; change the value",
     "optim: {weight_decay: yes}": "optim.weight_decay = true: must be a number; got a bool",
     "optim: {optimizer: adam}": "optim.optimizer = adam: must be one of adamw; did you mean adamw?",
+    "recompute: {vision_chunk_views: 0}": (
+        "recompute.vision_chunk_views = 0: must be at least 1; change the value"
+    ),
     "parallel: {device: tpu}": "parallel.device = tpu: must be one of auto, cpu, cuda; did you mean cpu?",
     "data: {alpha: 0}": 'data.alpha = 0: must be a string; put it in quotes: "0"',
     "generate: {kv_cache_gib: 0}": "generate.kv_cache_gib = 0: must be greater than 0; change the value",

@@ -162,7 +162,8 @@ REFUSED = [
     (
         "text_config.rope_scaling",
         {"type": "yarn"},
-        only("text_config.rope_scaling", "{'type': 'yarn'}", "null"),
+        "text_config.rope_scaling.factor = none: YaRN needs a factor greater than 1, or an original length below "
+        'max_position_embeddings; give one or use "default"',
     ),
     (
         "text_config.layer_types",
@@ -172,9 +173,9 @@ REFUSED = [
     ),
     (
         "text_config.rope_parameters",
-        {"rope_type": "yarn"},
-        'text_config.rope_parameters.rope_type = yarn: only "default" is implemented; use a checkpoint '
-        'with "default"',
+        {"rope_type": "llama3"},
+        'text_config.rope_parameters.rope_type = llama3: only "default" and "yarn" are implemented; use a checkpoint '
+        "with one of the two",
     ),
     (
         "text_config.rope_parameters",

@@ -8,6 +8,7 @@ from megatron_vl.config.hf_config import model_from_hf
 from megatron_vl.config.hf_export import config_to_hf, end_ids, generation_config
 from megatron_vl.config.model import ModelConfig, VisionConfig
 from megatron_vl.config.presets import PRESETS, STEP3_VL_10B
+from megatron_vl.config.rope import RopeScaling
 from megatron_vl.errors import ConfigErrors
 from tests.fixtures.paths import TINY_A
 from tests.fixtures.small import SMALL, WIDE
@@ -34,6 +35,18 @@ def test_every_copied_field_carries_its_value():
     )  # fmt: skip
     read = model_from_hf(config_to_hf(model, "float32"))
     assert read == replace(model, freeze_vision=False)
+
+
+YARN = RopeScaling("yarn", None, 2.0, 65536, attention_factor=1.25)
+
+
+def test_an_extended_rope_is_written():
+    model = replace(STEP3_VL_10B, text=replace(STEP3_VL_10B.text, rope_scaling=YARN))
+    config = config_to_hf(model, "bfloat16")
+    assert config["text_config"]["rope_scaling"]["rope_type"] == "yarn" and model_from_hf(config) == model
+    other = replace(STEP3_VL_10B, text=replace(STEP3_VL_10B.text, rope_scaling=RopeScaling("theta", 5e6)))
+    text = config_to_hf(other, "bfloat16")["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (5e6, None)
 
 
 def test_the_released_model_needs_no_field_of_our_own():

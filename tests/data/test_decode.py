@@ -17,11 +17,11 @@ from megatron_vl.data.decode import (
     CLIP_MEAN,
     CLIP_STD,
     DecodeRule,
-    PillowBackend,
     load_rgb,
     make_views,
     read_header,
 )
+from megatron_vl.data.image_backend import PillowBackend
 from megatron_vl.data.image_checks import REASONS, resolve_under
 from megatron_vl.errors import DataError, ImageRefused
 

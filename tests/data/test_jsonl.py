@@ -1,13 +1,17 @@
 """Random access to lines over several files, and the log of bad samples."""
 
+import hashlib
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.data import jsonl
 from megatron_vl.data.bad_samples import BadSample, BadSampleLog
 from megatron_vl.data.jsonl import JsonlSource
+from megatron_vl.data.training import sample_order
 from megatron_vl.errors import DataError
 
 
@@ -82,3 +86,20 @@ def test_bad_sample_log(tmp_path):
     assert len(path.read_text().splitlines()) == 3
     other_rank = BadSampleLog(str(tmp_path / "no"), write=False)
     assert other_rank.add([first]) == [first] and not (tmp_path / "no").exists()
+
+
+def test_the_order_of_a_run_names_contents_and_not_places(tmp_path):
+    """A copy is the same data; a letter changed at equal size is not."""
+    said = []
+    for folder, content in (("one", b'{"a": 1}\n'), ("copy", b'{"a": 1}\n'), ("edited", b'{"a": 2}\n')):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "a.jsonl"
+        path.write_bytes(content)
+        source = JsonlSource([str(path)])
+        assert source.digests() == [hashlib.sha256(content).hexdigest()]
+        loader = SimpleNamespace(micro_batches=SimpleNamespace(source=source))
+        said.append(sample_order(RunConfig(), loader))
+    assert said[0] == said[1] != said[2]
+    assert (
+        said[0].startswith("a.jsonl (1 samples, 9 bytes, sha256 ") and "with seed 1234 and 8 rows" in said[0]
+    )

@@ -14,6 +14,7 @@ from megatron_vl.data.loader import Loader, MicroBatches, Place, eval_loader, tr
 from megatron_vl.data.order import SampleOrder
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.errors import DataError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 from tests.data.tiny import MODEL, chat, make_data, write_jsonl
 
@@ -58,7 +59,7 @@ def test_shares_of_views_make_up_the_whole(data):
         view: n for n, view in enumerate(v for v, kind in enumerate(whole.view_kinds) if kind == GLOBAL)
     }
     for size in (2, 3, 16):
-        for rank, share in enumerate(share_views(whole.view_kinds, size)):
+        for rank, share in enumerate(share_views(whole.view_kinds, size, view_costs(MODEL))):
             mine = train_loader(data, MODEL, Place(vision_rank=rank, vision_size=size), 6, 6).next_step()[0]
             assert mine.view_kinds == whole.view_kinds and mine.fingerprint() == whole.fingerprint()
             my_crops = [crops[view] for view in share if view in crops]

@@ -24,6 +24,7 @@ from megatron_vl.data.packed import (
 from megatron_vl.data.plan_settings import PlanSettings, training_domains
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.errors import DataError
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import GLOBAL, share_views
 from tests.data.tiny import MODEL, chat, make_data, write_jsonl
 
@@ -134,7 +135,7 @@ def test_views_are_shared_out_over_the_vision_ranks(data, folder):
     item = next(n for n in range(320, 400) if whole[n].num_crops >= 4)
     batch = whole[item]
     for size in (2, 3):
-        for rank, share in enumerate(share_views(batch.view_kinds, size)):
+        for rank, share in enumerate(share_views(batch.view_kinds, size, view_costs(MODEL))):
             mine = make(data, folder, Place(0, 1, rank, size))[item]
             assert mine.fingerprint() == batch.fingerprint()
             assert len(mine.global_pixels) == sum(batch.view_kinds[view] == GLOBAL for view in share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -79,6 +80,34 @@ def gradients(
     config, batches, place = run_of(model, layout, placement, docs, **options)
     seen = world.run(place.world_size, gradients_on_rank, config, batches)
     return seen[0].losses[0], Assembled(seen, place, batches, docs, model).gradients()
+
+
+def counted_gradients(config: RunConfig, batches: Batches) -> tuple[Seen, int]:
+    """`gradients_on_rank` with nothing too small to off-load, and the bytes that left."""
+    from megatron_vl.model import step3_vl
+    from megatron_vl.model.offload import Offload
+
+    made: list[Offload] = []
+
+    def offload(parameters):
+        made.append(Offload(parameters, smallest=0))
+        return made[-1]
+
+    with patch.object(step3_vl, "Offload", offload):
+        seen = gradients_on_rank(config, batches)
+    return seen, sum(moved.bytes for moved in made)
+
+
+def gradients_with_offload(
+    world: Any, model: ModelConfig, layout: str, docs: Sequence[Document], decoder: str, offload: bool
+):
+    """((loss, gradients), bytes that left on the first rank) of one step of packed rows."""
+    recompute = RecomputeConfig(decoder=decoder, offload=offload)
+    config, batches, place = run_of(model, layout, "data", docs, packed=True, recompute=recompute)
+    answers = world.run(place.world_size, counted_gradients, config, batches)
+    seen = [answer for answer, _ in answers]
+    whole = Assembled(seen, place, batches, docs, model).gradients()
+    return (seen[0].losses[0], whole), answers[0][1]
 
 
 def steps(world: Any, model: ModelConfig, layout: str, placement: str, docs: Sequence[Document], count: int):

@@ -7,7 +7,7 @@ import torch
 
 from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.model.backend import choose_backend
-from megatron_vl.model.fusion import feature_slots, put_features
+from megatron_vl.model.fusion import image_slots, put_features
 from megatron_vl.model.vision_encoder import gather_3x3, patchify, rotary_angles
 from megatron_vl.ops.activation import quick_gelu
 from tests.fixtures.independent import interpolation
@@ -80,22 +80,23 @@ def test_features_go_to_their_slots():
     ids = torch.tensor([[1, 9, 9, 2], [9, 3, 4, 5]])
     features = torch.arange(6.0).reshape(3, 2).requires_grad_()
     embeddings = torch.zeros(4, 2, 2, requires_grad=True)
-    out = put_features(embeddings, features, feature_slots(ids, None, 9, 3, ["a", "b"]))
+    rows, positions = image_slots(ids, 9, 3, ["a", "b"])
+    assert (rows.tolist(), positions.tolist()) == ([0, 0, 1], [1, 2, 0])
+    out = put_features(embeddings, features, rows, positions)
     assert out[1, 0].tolist() == [0, 1] and out[2, 0].tolist() == [2, 3] and out[0, 1].tolist() == [4, 5]
     assert out[0, 0].tolist() == [0, 0]
     out.sum().backward()
     assert features.grad.eq(1).all() and embeddings.grad.sum() == 16 - 6
-    # a context-parallel rank that holds positions 3 and 1 of each row
-    rows, positions, order = feature_slots(ids, torch.tensor([3, 1]), 9, 3, ["a", "b"])
-    assert (rows.tolist(), positions.tolist(), order.tolist()) == ([0], [1], [0])
 
 
 def test_a_mismatch_of_slots_and_features_names_samples_and_both_counts():
     with pytest.raises(DataError, match=r"samples q7, q8: 3 <im_patch> ids .*but 2 image feature rows"):
-        feature_slots(torch.tensor([[9, 9, 9]]), None, 9, 2, ["q7", "q8"])
+        image_slots(torch.tensor([[9, 9, 9]]), 9, 2, ["q7", "q8"])
 
 
 def test_transformer_engine_is_refused_without_cuda():
     with pytest.raises(ConfigError, match="it needs a CUDA device and an importable transformer-engine 2.11"):
         choose_backend("transformer_engine")
     assert choose_backend("auto").name == "torch"
+    with pytest.raises(ConfigError, match="cp_comm_type = a2a: .*auto chose the torch layers"):
+        choose_backend("auto", "a2a")

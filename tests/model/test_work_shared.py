@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vl.parity.layouts import ALL
 from megatron_vl.parity.reference import Batches
-from megatron_vl.plan.cost import train_flops
+from megatron_vl.plan.cost import train_flops, view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.shares import flops_by_rank
 from megatron_vl.plan.stages import plan_stages
@@ -58,7 +58,8 @@ def test_no_rank_does_more_than_its_share(world, layout, placement):
 
 
 def check_views(place: Layout, batches: Batches, counted: list[Counted]) -> None:
-    """Crops, globals and views of the ranks that share them differ by at most 1; each is encoded once."""
+    """No rank has more than the mean and one view's cost, and globals differ by at most 1; each is encoded once."""
+    costs = view_costs(WIDE)
     for dp in range(place.dp):
         ranks = [r for r in range(place.world_size) if (place.coords(r).dp, place.coords(r).pp) == (dp, 0)]
         if place.placement == "tensor":
@@ -66,6 +67,7 @@ def check_views(place: Layout, batches: Batches, counted: list[Counted]) -> None
         for number, rows in enumerate(batches.rows[dp]):
             kinds = Counter(kind for doc in rows[0] for kind in doc.kinds)
             views = [counted[r].views[number] for r in ranks]
-            for numbers in (*zip(*views), [sum(v) for v in views]):
-                assert max(numbers) - min(numbers) <= 1
+            loads = [crops * costs[0] + wholes * costs[1] for crops, wholes in views]
+            assert max(loads) <= sum(loads) / len(loads) + max(costs)
+            assert max(wholes for _, wholes in views) - min(wholes for _, wholes in views) <= 1
             assert [sum(numbers) for numbers in zip(*views)] == [kinds[0], kinds[1]]

@@ -8,10 +8,16 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_vl.parallel.context_parallel import gather_features, gather_sequence, local_index
+from megatron_vl.parallel.context_parallel import global_order, local_index
+from megatron_vl.parallel.feature_exchange import exchange_features
+from megatron_vl.parallel.feature_plan import owners, plan_exchange
+from megatron_vl.parallel.sequence_exchange import Passing, gather_rows, sum_and_scatter_rows
+from megatron_vl.plan.layout import Coords, Layout
+from megatron_vl.plan.vision_share import share_views
 from tests.parallel.naive import naive_attention
 
 
@@ -95,41 +101,67 @@ def cpu_redirects() -> dict[str, Any]:
 
 
 def sequence_exchange(bounds: tuple[int, ...]) -> dict[str, bool]:
-    """`gather_sequence` forward and backward against the whole tensor, which every rank can make."""
+    """Gathered rows, and what comes back of their gradient, against the whole tensor, which every rank can make."""
     group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(1)
     whole = torch.randn(bounds[-1], 3, generator=generator)
     weights = torch.randn(size, bounds[-1], 3, generator=generator)
-    mine = whole[local_index(bounds, size, rank)].clone().requires_grad_()
-    out = gather_sequence(mine, bounds, group)
-    (out * weights[rank]).sum().backward()
-    expected = weights.sum(0)[local_index(bounds, size, rank)]
-    return {"forward": torch.equal(out, whole), "backward": torch.allclose(mine.grad, expected, atol=1e-6)}
-
-
-def feature_exchange(counts: list[int], cp: int) -> dict[str, bool]:
-    """`gather_features` over all ranks; consecutive ranks form tensor-parallel groups of size / cp.
-
-    Tensor-parallel ranks hold the same gradient of a feature, context-parallel ranks parts of it.
-    """
-    size, rank = dist.get_world_size(), dist.get_rank()
-    tp = size // cp
-    columns = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
-    generator = torch.Generator().manual_seed(2)
-    whole = torch.randn(sum(counts), 4, generator=generator)
-    parts = torch.randn(cp, sum(counts), 4, generator=generator)
-    begin, end = sum(counts[:rank]), sum(counts[: rank + 1])
-    mine = whole[begin:end].clone().requires_grad_()
-    out = gather_features(mine, counts, dist.group.WORLD, columns[rank % tp])
-    (out * parts[rank // tp]).sum().backward()
+    index, order = local_index(bounds, size, rank), global_order(bounds, size)
+    gathered = gather_rows(whole[index], group)
+    mine = sum_and_scatter_rows(torch.empty_like(whole).index_copy(0, order, weights[rank]), group)
     return {
-        "forward": torch.equal(out, whole),
-        "backward": torch.allclose(mine.grad, parts.sum(0)[begin:end], atol=1e-6),
+        "forward": torch.equal(gathered[order], whole),
+        "backward": torch.allclose(mine, weights.sum(0)[index], atol=1e-6),
     }
 
 
+def ring_turn() -> list[tuple[float, float]]:
+    """Two tensors at a time, one posted before the other, all the way round."""
+    group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    first, second = torch.full((3,), float(rank)), torch.full((3,), float(rank + 100))
+    found = []
+    for _ in range(size):
+        one = Passing(first, group, 0)
+        two = Passing(second, group, 1)
+        second, first = two.received(), one.received()
+        found.append((first[0].item(), second[0].item()))
+    return found
+
+
+def feature_exchange(layout: Layout, kinds: list[int], bounds: list[int], first: int, trained: bool = True):
+    """`exchange_features` over all ranks against the whole tensor, which every rank can make.
+
+    The features take the positions from `first` on; crops have 2 rows, globals 5. Owners that are copies have equal
+    gradients. Returns what held on this rank, and how many rows it encoded and owned.
+    """
+    rank, tokens, costs = dist.get_rank(), (2, 5), (2, 5)
+    shares, rows = share_views(kinds, layout.vision_size, costs), [tokens[kind] for kind in kinds]
+    positions = np.arange(first, first + sum(rows))
+    plan = plan_exchange(kinds, shares, tokens, (positions * 0, positions), bounds, layout, rank)
+    generator = torch.Generator().manual_seed(2)
+    whole, weight = (torch.randn(sum(rows), 4, generator=generator) for _ in range(2))
+    of_view = list(zip(whole.split(rows), weight.split(rows))) if kinds else []
+    mine = shares[layout.vision_rank(Coords(rank % layout.tp, rank // layout.tp, 0, 0))]
+    empty = torch.zeros(0, 4)
+    features = torch.cat([empty, *(of_view[view][0] for view in mine)]).requires_grad_(trained)
+    out = exchange_features(features, plan, dist.group.WORLD)
+    unit, local = owners(positions, bounds, layout)
+    owned = (unit == (rank if layout.sp else rank // layout.tp)).nonzero()[0]
+    where = {int(position): n for n, position in enumerate(plan.slot_positions)}
+    order = [where[int(local[row])] for row in owned]
+    held = {"forward": torch.equal(out[order], whole[owned]) and len(out) == len(owned)}
+    held["graph"] = out.requires_grad == trained
+    if trained:
+        scale = torch.zeros(len(owned), 4)
+        scale[order] = weight[owned]
+        (out * scale).sum().backward()
+        expected = torch.cat([empty, *(of_view[view][1] for view in mine)])
+        held["backward"] = torch.equal(features.grad, expected)
+    return held, features.shape[0], len(owned)
+
+
 def attention_errors(
-    bounds: tuple[int, ...], packed: bool, heads: int, groups: int, causal: bool, rows: int = 1
+    bounds: tuple[int, ...], packed: bool, heads: int, groups: int, causal: bool, rows: int, exchange: str
 ):
     """Largest differences of output and input gradients between `TorchCoreAttention` and the naive one."""
     from megatron.core.transformer.enums import AttnMaskType
@@ -139,7 +171,8 @@ def attention_errors(
     size, rank, width, length = dist.get_world_size(), dist.get_rank(), 8, bounds[-1]
     config = SimpleNamespace(kv_channels=width, attention_dropout=0.0)
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    module = TorchCoreAttention(config, 1, mask, "self", pg_collection=SimpleNamespace(cp=dist.group.WORLD))
+    groups_of = SimpleNamespace(cp=dist.group.WORLD)
+    module = TorchCoreAttention(config, 1, mask, "self", cp_comm_type=exchange, pg_collection=groups_of)
     generator = torch.Generator().manual_seed(3)
     whole = [torch.randn(length, rows, n, width, generator=generator) for n in (heads, groups, groups)]
     weight = torch.randn(length, rows, heads * width, generator=generator)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vl.parallel.context_parallel import global_order, local_index
-from tests.parallel.on_ranks import feature_exchange, sequence_exchange
+from tests.parallel.on_ranks import ring_turn, sequence_exchange
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -13,10 +13,10 @@ def test_gathered_sequence_and_its_gradient(world, size):
         assert answer == {"forward": True, "backward": True}
 
 
-@pytest.mark.parametrize(("size", "cp", "counts"), [(2, 1, [3, 0]), (2, 2, [1, 4]), (4, 2, [2, 0, 5, 1])])
-def test_gathered_features_and_their_gradient(world, size, cp, counts):
-    for answer in world.run(size, feature_exchange, counts, cp):
-        assert answer == {"forward": True, "backward": True}
+def test_a_turn_of_the_ring(world):
+    for rank, found in enumerate(world.run(4, ring_turn)):
+        before = [(rank - step) % 4 for step in (1, 2, 3, 4)]
+        assert found == [(float(r), float(r + 100)) for r in before]
 
 
 def test_what_a_rank_holds_and_the_way_back():

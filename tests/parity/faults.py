@@ -56,13 +56,38 @@ def no_sequence_parallel_reduce() -> AbstractContextManager:
 
 def no_context_parallel_sum() -> AbstractContextManager:
     """The gradient of gathered keys and values is cut up, not reduced."""
-    from megatron_vl.parallel.context_parallel import _GatherSequence
 
-    def backward(ctx, grad):
-        size = ctx.group.size()
-        return grad.chunk(size)[ctx.group.rank()].contiguous(), None
+    def cut(x, group):
+        return x.chunk(group.size())[group.rank()].contiguous()
 
-    return patch.object(_GatherSequence, "backward", staticmethod(backward))
+    return patch("megatron_vl.ops.context_attention.sum_and_scatter_rows", cut)
+
+
+def no_ring_gradients() -> AbstractContextManager:
+    """The gradient of keys and values does not leave the rank where it was found."""
+    from megatron_vl.ops.context_attention import GRADIENTS
+    from megatron_vl.parallel.sequence_exchange import Passing
+
+    class Staying(Passing):
+        def __init__(self, x, group, tag=0):
+            super().__init__(x, group, tag)
+            self.kept = x if tag == GRADIENTS else None
+
+        def received(self):
+            came = super().received()
+            return came if self.kept is None else self.kept
+
+    return patch("megatron_vl.ops.context_attention.Passing", Staying)
+
+
+def one_document() -> AbstractContextManager:
+    """Tokens see the documents before their own in the row."""
+    from megatron_vl.model.attention import document_bounds
+
+    return patch(
+        "megatron_vl.model.attention.document_bounds",
+        lambda params: (document_bounds(params)[0], document_bounds(params)[-1]),
+    )
 
 
 def mean_of_tokens() -> AbstractContextManager:
@@ -94,23 +119,54 @@ def unshifted_labels() -> AbstractContextManager:
 
 
 @contextmanager
-def no_context_parallel_features() -> Iterator[None]:
-    """The gradient of image features is not added up over the ranks that hold their positions."""
-    from megatron_vl.parallel.context_parallel import _GatherFeatures
+def no_gradient_from_other_owners() -> Iterator[None]:
+    """The gradient of an image feature comes back only from positions that its encoder holds itself."""
+    from megatron_vl.parallel.feature_exchange import _Exchange
+
+    right = _Exchange.backward
 
     def backward(ctx, grad):
-        start = sum(ctx.counts[: ctx.group.rank()])
-        return grad[start : start + ctx.counts[ctx.group.rank()]], None, None, None
+        out, *rest = right(ctx, grad)
+        counts, rank = ctx.plan.get_counts, ctx.group.rank()
+        begin = sum(counts[:rank])
+        kept = ctx.plan.returned[begin : begin + counts[rank]]
+        only = out * 0
+        only[kept] = out[kept]
+        return only, *rest
 
-    with patch.object(_GatherFeatures, "backward", staticmethod(backward)):
+    with patch.object(_Exchange, "backward", staticmethod(backward)):
         yield
+
+
+def gradient_from_every_copy() -> AbstractContextManager:
+    """Tensor-parallel copies of an owner each send the gradient of a feature, and it is added up."""
+    from megatron_vl.parallel.feature_exchange import _Exchange
+
+    right = _Exchange.backward
+
+    def backward(ctx, grad):
+        out, *rest = right(ctx, grad)
+        return out * 2, *rest
+
+    return patch.object(_Exchange, "backward", staticmethod(backward))
+
+
+def features_of_the_neighbour() -> AbstractContextManager:
+    """Each rank puts the features that it received into the wrong slots."""
+    from megatron_vl.model.step3_vl import put_features
+
+    def put(embeddings, features, rows, positions):
+        return put_features(embeddings, features.roll(1, 0), rows, positions)
+
+    return patch("megatron_vl.model.step3_vl.put_features", put)
 
 
 CODE = {
     f.__name__: f
     for f in (
         no_tensor_parallel_sum, no_row_parallel_reduce, no_sequence_parallel_reduce, no_context_parallel_sum,
-        no_context_parallel_features, mean_of_tokens, mean_over_data_parallel, unshifted_labels,
+        no_gradient_from_other_owners, gradient_from_every_copy, features_of_the_neighbour, no_ring_gradients,
+        one_document, mean_of_tokens, mean_over_data_parallel, unshifted_labels,
     )
 }  # fmt: skip
 

@@ -38,6 +38,46 @@ BAD = [
         ],
     ),
     (
+        "model.text.rope_scaling.kind=yarn model.text.rope_scaling.factor=2",
+        0,
+        [
+            "model.text.rope_scaling.original_max_position_embeddings = none: is needed with kind = yarn; give the "
+            "length that the weights were trained for, 65536 for the release",
+        ],
+    ),
+    (
+        "parallel.cp_comm_type=a2a parallel.context_parallel_size=4 parallel.layer_backend=torch",
+        0,
+        [
+            "parallel.cp_comm_type = a2a: the torch layers exchange K and V by p2p or all_gather; use one of the two, "
+            "or parallel.layer_backend transformer_engine",
+            "parallel.cp_comm_type = a2a: shares heads out over context_parallel_size 4, which must divide the 2 "
+            "key-value heads of a tensor-parallel rank; use p2p, or smaller sizes",
+        ],
+    ),
+    (
+        "parallel.cp_comm_type=all_gather parallel.context_parallel_size=2 "
+        "parallel.layer_backend=transformer_engine data.packing.enabled=true data.packing.pad_multiple=4",
+        0,
+        [
+            "parallel.cp_comm_type = all_gather: Transformer Engine 2.11 takes packed rows (thd) with p2p only; use "
+            "p2p, or parallel.layer_backend torch with all_gather",
+        ],
+    ),
+    (
+        "parallel.flash_attention=fa3 parallel.device=cpu",
+        0,
+        ["parallel.flash_attention = fa3: needs a CUDA device, but parallel.device = cpu; remove it"],
+    ),
+    (
+        "parallel.flash_attention=fa4 parallel.layer_backend=transformer_engine",
+        0,
+        [
+            "parallel.flash_attention = fa4: is for the torch layers; Transformer Engine chooses its kernels itself; "
+            "remove it or set parallel.layer_backend torch"
+        ],
+    ),
+    (
         TP2,
         3,
         ["world size = 3: must be a multiple of TP2 x CP1 x PP1 = 2; start 2 or 4 ranks"],
@@ -133,6 +173,17 @@ BAD = [
         ],
     ),
     (
+        "data.image_backend=dali data.dali_device=mixed parallel.device=cpu",
+        0,
+        [
+            "data.dali_device = mixed: decodes JPEG by nvJPEG, which rounds otherwise than the released "
+            "processing, so it keeps the tolerance of data.image_mode = fast only; set data.image_mode=fast, "
+            "or data.dali_device=cpu",
+            "data.dali_device = mixed: decodes on a GPU, but parallel.device = cpu; set data.dali_device=cpu, "
+            "or parallel.device=cuda",
+        ],
+    ),
+    (
         "train.train_steps=3 train.train_tokens=5",
         0,
         ["train.train_tokens = 5: stands beside train.train_steps = 3; keep one of the two"],
@@ -218,6 +269,8 @@ def test_bad_combination(overrides, world_size, messages):
         "parallel.pipeline_model_parallel_size=6",
         f"{TP2} model.vision.num_attention_heads=1",  # placement data has no rule for the tower
         f"{PP2} model.freeze_decoder=true",
+        "data.image_backend=dali",  # on the CPU its pixels are Pillow's
+        "data.image_backend=dali data.image_mode=fast data.dali_device=mixed",
     ],
 )
 def test_good_combination(overrides):
@@ -277,3 +330,14 @@ def test_a_training_run_reports_layout_and_data_together():
 
 def test_the_default_model_is_the_release():
     assert load_checked_run().config.model == ModelConfig()
+
+
+def test_dali_must_be_installed_where_it_is_asked_for(monkeypatch):
+    config = load_run(overrides=["preset=step3_vl_tiny", "data.image_backend=dali"]).config
+    monkeypatch.setattr("megatron_vl.plan.image_checks.dali_is_installed", lambda: False)
+    said = [str(problem) for problem in check_ready_to_train(config) if problem.path == "data.image_backend"]
+    assert said == [
+        "data.image_backend = dali: NVIDIA DALI is not installed; pip install 'megatron-vl[dali]' "
+        "(nvidia-dali-cuda130; runs on machines without a GPU too), or set data.image_backend=torch"
+    ]
+    assert check_run(config) == []  # a run may be described where it is not run

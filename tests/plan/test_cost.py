@@ -121,6 +121,10 @@ def test_recomputation_adds_forward_passes():
         "decoder_linear": 1,
         "decoder_attention": 1,
     }
+    chunks = train_multipliers(RELEASED, RecomputeConfig(vision_chunk_views=2))
+    assert {
+        part: chunks[part] - plain[part] for part in PARTS if chunks[part] != plain[part]
+    } == dict.fromkeys(TOWER_PARTS, 1)
     selective = train_multipliers(RELEASED, RecomputeConfig(decoder="selective"))
     assert (selective["decoder_attention"], selective["decoder_linear"]) == (4, 3)
     frozen = train_multipliers(ModelConfig(freeze_vision=True), RecomputeConfig(vision="full"))

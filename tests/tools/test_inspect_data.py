@@ -4,11 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import features
+from PIL import Image, features
+
+from tests.data.tiny import chat, make_data, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "tools" / "inspect_data.py"
@@ -183,3 +186,78 @@ def test_view_sizes_of_another_model(inspect_data, capsys, tmp_path):
     assert small["tokens"] == 6
     assert inspect_data.main(["sizes", "640x480", "--hf", str(tmp_path / "nothing")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory) -> Path:
+    """A run over two small domains: conversations with images, and one line that is broken."""
+    folder = tmp_path_factory.mktemp("run")
+    make_data(folder)
+    records = [chat("What colour?", "red", *[["wide.png"], []][n % 2], id=f"s{n}") for n in range(20)]
+    write_jsonl(folder / "vqa.jsonl", [*records, b"{broken"])
+    run = f"""
+        preset: step3_vl_tiny
+        run_dir: {folder}/run
+        parallel: {{device: cpu}}
+        data:
+          data_root: {folder}
+          tokenizer: {folder}/text.model
+          seq_length: 128
+          domains: [{{name: vqa, paths: [{folder}/vqa.jsonl], weight: 1}}]
+          packing: {{enabled: true, pad_multiple: 8, look_ahead_rows: 8, index_workers: 0}}
+        schedule: {{phases: [{{tokens: 5120, lr_start: 0.001, lr_end: 0.001}}]}}
+        train: {{train_steps: 4, global_batch_size: 4}}
+    """
+    (folder / "run.yaml").write_text(textwrap.dedent(run))
+    return folder / "run.yaml"
+
+
+def test_a_sample_of_a_run_and_of_a_file(inspect_data, capsys, run_file, tmp_path):
+    picture = tmp_path / "sample.png"
+    assert inspect_data.main(["sample", str(run_file), "--index", "2", "--out", str(picture)]) == 0
+    of_run = capsys.readouterr().out.splitlines()
+    assert of_run[0].startswith("s2  (domain vqa") and "<im_start><im_patch>x4<im_end>" in "\n".join(of_run)
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.width == 1400
+    folder = run_file.parent
+    keys = ["preset=step3_vl_tiny", f"data.tokenizer={folder}/text.model", f"data.data_root={folder}"]
+    assert inspect_data.main(["sample", str(folder / "vqa.jsonl"), "--id", "s2", *keys]) == 0
+    of_file = capsys.readouterr().out.splitlines()
+    assert of_file[1:] == of_run[1:], "the same tokens, scored alike"
+    assert inspect_data.main(["sample", str(run_file), "--index", "20"]) == 1
+    assert "REFUSED broken_json" in capsys.readouterr().out
+    assert not (folder / "run").exists(), "looking at a sample writes nothing"
+    assert inspect_data.main(["sample", str(run_file), "--index", "21"]) == 2
+    assert "domain vqa has 21 samples" in capsys.readouterr().err
+
+
+def test_a_row_of_a_run(inspect_data, capsys, run_file, tmp_path):
+    picture = tmp_path / "row.png"
+    keys = ["parallel.context_parallel_size=2", "parallel.tensor_model_parallel_size=2"]
+    command = ["row", str(run_file), "--step", "3", "--row", "1", "--world-size", "8", *keys]
+    assert inspect_data.main([*command, "--out", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert "step 3, row 1 of 4: data-parallel rank " in text and "layout TP2 CP2 DP2 PP1" in text
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+    assert inspect_data.main(["row", str(run_file), "--row", "4"]) == 2
+    assert "row 4: the run has steps 0 to 3 of rows 0 to 3" in capsys.readouterr().err
+    assert (
+        inspect_data.main(["row", str(run_file), "parallel.context_parallel_size=3", "--world-size", "4"])
+        == 2
+    )
+    assert "context_parallel_size" in capsys.readouterr().err
+    assert inspect_data.main(["row", str(run_file), "--out", str(tmp_path / "no" / "a.png")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        inspect_data.main(["row", str(run_file), "--step", "1", "seed"])
+
+
+def test_a_survey_counts_by_source(inspect_data, capsys, run_file):
+    path = str(run_file.parent / "vqa.jsonl")
+    assert inspect_data.main(["survey", path]) == 1
+    said = "20 samples, 10 images, 0 tokens given as ids; refused 1: broken_json 1"
+    assert capsys.readouterr().out == f"{path}: {said}\n"
+    assert inspect_data.main(["survey", path, "--format", "jsonl", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[path]["refused"] == {"broken_json": 1}
+    assert inspect_data.main(["survey", path + ".none"]) == 2

@@ -77,8 +77,10 @@ def test_every_layout_masks_alike(world, data, tmp_path, placement):
         assert rank.loss == pytest.approx(one.loss, rel=1e-6)
 
 
-def test_a_failed_image_has_no_gradient_at_all(world, data, tmp_path):
-    config = load(write_config(data, tmp_path / "run"))
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_failed_image_has_no_gradient_at_all(world, data, tmp_path, mode):
+    """Its pixels are the mean colour or, in mode fast, black."""
+    config = load(write_config(data, tmp_path / "run"), "1", f"data.image_mode={mode}")
     bad = world.run(1, on_ranks.gradients_of_parts, config, SMALL)[0]
     assert bad["vision_model"] == 0.0 and bad["projector"] == 0.0 and bad["language_model"] > 0
     good = world.run(1, on_ranks.gradients_of_parts, config, "train0")[0]

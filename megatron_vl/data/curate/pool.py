@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from typing import Any, TypeVar
 
+from megatron_vl.data.workers import end_with_parent
 from megatron_vl.errors import DataError
 
 Task = TypeVar("Task")
@@ -83,13 +81,5 @@ class Workers:
 
 def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets begun work end
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     initializer(*initargs)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed outright tells nobody; its workers would wait for tasks for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)

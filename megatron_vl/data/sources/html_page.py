@@ -11,7 +11,7 @@ import codecs
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_vl.data.bad_samples import SampleRefused
 from megatron_vl.data.sample import ImagePart, Part, Sample, TextPart
@@ -51,13 +51,32 @@ class PageSample(Sample):
     """A page as a document, with what curation wants to know.
 
     images_of_page: one per image of the document. failed_images: (source, reason, detail) of the images left
-    out. dropped: elements left out, by name. title: the page's own.
+    out. dropped: elements left out, by name. title: the page's own. max_failed_image_ratio: of its `HtmlRule`.
     """
 
     title: str = ""
     images_of_page: tuple[PageImage, ...] = ()
     failed_images: tuple[tuple[str, str, str], ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
+    max_failed_image_ratio: float | None = None
+
+    def without_images(self, failed: dict[int, tuple[str, str]]) -> PageSample:
+        """The page without the images that cannot be used. failed: (reason, detail) by number of the image.
+
+        For what shows only when the files are looked at; the rule is that of `read_page`, over all failures.
+        Raises SampleRefused failed_images, empty_page.
+        """
+        gone = {self.images_of_page[number].part for number in failed}
+        more = [(self.images_of_page[number].source, *why) for number, why in failed.items()]
+        failures = (*self.failed_images, *more)
+        _refuse_too_many(failures, len(self.images_of_page) - len(failed), self.max_failed_image_ratio)
+        kept = [part for part in range(len(self.document)) if part not in gone]
+        parts = _trimmed([self.document[part] for part in kept])
+        if not parts:
+            raise SampleRefused("empty_page", "neither text nor a usable image is left")
+        left = [image for number, image in enumerate(self.images_of_page) if number not in failed]
+        images = tuple(replace(image, part=kept.index(image.part)) for image in left)
+        return replace(self, document=parts, images_of_page=images, failed_images=failures)
 
 
 def read_page(text: str, sample_id: str, folder: str, rule: HtmlRule = DEFAULT_RULE) -> PageSample:
@@ -71,14 +90,7 @@ def read_page(text: str, sample_id: str, folder: str, rule: HtmlRule = DEFAULT_R
         reader.take(token)
     reader.end_block()
     usable = sum(isinstance(item, FoundImage) for item in reader.items)
-    failed, limit = len(reader.failed), rule.max_failed_image_ratio
-    if limit is not None and failed > limit * (failed + usable):
-        counts = Counter(reason for _, reason, _ in reader.failed)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        raise SampleRefused(
-            "failed_images",
-            f"{failed} of {failed + usable} images cannot be used ({reasons}); the limit is {limit:g} of them",
-        )
+    _refuse_too_many(reader.failed, usable, rule.max_failed_image_ratio)
     if not reader.items:
         raise SampleRefused("empty_page", "neither text nor a local image outside the dropped elements")
     parts, images = _interleave(reader, rule.max_caption_chars)
@@ -89,7 +101,30 @@ def read_page(text: str, sample_id: str, folder: str, rule: HtmlRule = DEFAULT_R
         images_of_page=images,
         failed_images=tuple(reader.failed),
         dropped=dict(reader.dropped),
+        max_failed_image_ratio=rule.max_failed_image_ratio,
     )
+
+
+def _refuse_too_many(failed: Sequence[tuple[str, str, str]], usable: int, limit: float | None) -> None:
+    """Raises SampleRefused failed_images for a larger share of failed images than the limit, None = no limit."""
+    total = len(failed) + usable
+    if limit is None or len(failed) <= limit * total:
+        return
+    counts = Counter(reason for _, reason, _ in failed)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    raise SampleRefused(
+        "failed_images",
+        f"{len(failed)} of {total} images cannot be used ({reasons}); the limit is {limit:g} of them",
+    )
+
+
+def _trimmed(parts: list[Part]) -> tuple[Part, ...]:
+    """Without the line breaks that stood between the outermost texts and images which are gone."""
+    if parts and isinstance(parts[0], TextPart):
+        parts[0] = TextPart(parts[0].text.removeprefix("\n"))
+    if parts and isinstance(parts[-1], TextPart):
+        parts[-1] = TextPart(parts[-1].text.removesuffix("\n"))
+    return tuple(parts)
 
 
 def decode_page(data: bytes) -> str:

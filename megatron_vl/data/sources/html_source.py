@@ -48,6 +48,10 @@ class PageFile(Record):
         except SampleRefused as refusal:
             raise SampleRefused(refusal.reason, refusal.detail, self.name) from refusal
 
+    def content(self) -> bytes:
+        """The page, or why it was not read."""
+        return self.data if self.problem is None else self.problem[0].encode()
+
 
 class HtmlSource:
     """Pages of folders, or single pages, addressed as one list; see `record.Source`.

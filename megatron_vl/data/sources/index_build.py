@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 from megatron_vl.data.sources.index_file import FileIndex, IndexUnusable, Scan, load, store
+from megatron_vl.data.workers import end_with_parent
 from megatron_vl.errors import ConfigError, DataError
 
 IF_STALE = ("rebuild", "refuse")
@@ -116,7 +117,8 @@ def _results(
             yield path, _index_one(scan, path, kind, stored_at)
         return
     # spawn: forking a process that holds threads (torch, tokenizers) can hang its child
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         tasks = {
             pool.submit(_index_one, scan, path, kind, stored_at): path for path, stored_at in todo.items()
         }

@@ -92,6 +92,13 @@ class MegatronSource(IndexedFiles):
         self._pairs = [_IdxFile(prefix) for prefix in prefixes(paths)]
         super().__init__([pair.as_index() for pair in self._pairs])
 
+    def describe(self) -> list[dict[str, int | str]]:
+        """Both files of each pair; the samples are counted with the .bin."""
+        found = []
+        for file, pair in zip(super().describe(), self._pairs, strict=True):
+            found += [file, {"path": pair.idx_path, "bytes": pair.idx_size, "samples": 0}]
+        return found
+
     def _read(self, number: int, within: int) -> TokenRecord:
         pair = self._pairs[number]
         first, behind = int(pair.borders[within]), int(pair.borders[within + 1])
@@ -123,14 +130,14 @@ class _IdxFile:
         try:
             self.bin_size = os.stat(self.bin_path).st_size
             self.bin_mtime_ns = os.stat(self.bin_path).st_mtime_ns
-            idx_size = os.stat(self.idx_path).st_size
+            self.idx_size = os.stat(self.idx_path).st_size
             with open(self.idx_path, "rb") as file:
                 head = file.read(_HEADER.size)
         except OSError as error:
             raise DataError(
                 f"{error.filename}: cannot be read ({error.strerror}); .bin and .idx must lie side by side"
             ) from error
-        self.dtype, sequences, borders = self._checked_header(head, idx_size)
+        self.dtype, sequences, borders = self._checked_header(head, self.idx_size)
         self._map(sequences, borders)
         self._check()
 

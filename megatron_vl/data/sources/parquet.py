@@ -7,6 +7,8 @@ rows with images), where that is too slow. Arrow files are mapped, so any row co
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections import OrderedDict
@@ -39,6 +41,15 @@ class TableRow(Record):
 
     def parse(self) -> Sample:
         return sample_of_row(self.row, self.default_id)
+
+    def content(self) -> bytes:
+        """Its values; those of images by their hash."""
+        return json.dumps(self.row, default=_hash_or_text).encode()
+
+
+def _hash_or_text(value: Any) -> str:
+    """What JSON cannot spell: bytes, and types that `parse` refuses."""
+    return hashlib.blake2b(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 def import_pyarrow():

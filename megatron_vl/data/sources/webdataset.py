@@ -64,6 +64,12 @@ class TarSample(Record):
             sample = parse_sample(self.data, self.default_id)
         return self._with_places(sample)
 
+    def content(self) -> bytes:
+        """Its texts, and names and lengths of its images; their bytes are not part of it."""
+        images = [[name, image.length] for name, image in self.images.items()]
+        rest = json.dumps([self.has_json, self.too_large, images, self.caption is not None]).encode()
+        return b"\0".join((self.data, self.caption or b"", rest))
+
     def _json_record(self) -> dict | None:
         if not self.has_json:
             return {}

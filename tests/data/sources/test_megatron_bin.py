@@ -82,7 +82,9 @@ def test_pairs_by_any_of_their_names(tmp_path):
         assert len(open_source(paths, "megatron", token_rule=RULE)) == count
     assert open_source(tmp_path, token_rule=RULE).describe() == [
         {"path": f"{a}.bin", "bytes": 8, "samples": 2},
+        {"path": f"{a}.idx", "bytes": 82, "samples": 0},
         {"path": str(tmp_path / "b.bin"), "bytes": 4, "samples": 1},
+        {"path": str(tmp_path / "b.idx"), "bytes": 62, "samples": 0},
     ]
     with pytest.raises(ConfigError, match="format = megatron needs token_rule"):
         open_source(f"{a}.bin")

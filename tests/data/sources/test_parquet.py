@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_vl.data.decode import PillowBackend
+from megatron_vl.data.image_backend import PillowBackend
 from megatron_vl.data.sample import ImagePart, Message, TextPart
 from megatron_vl.data.sources.locator import LocatedImage
 from megatron_vl.data.sources.open import open_source

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from megatron_vl.data.decode import PillowBackend
+from megatron_vl.data.image_backend import PillowBackend
 from megatron_vl.data.image_checks import open_image
 from megatron_vl.data.sample import Message, TextPart
 from megatron_vl.data.sources.locator import FileSlice, LocatedImage

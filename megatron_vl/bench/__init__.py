@@ -1,0 +1,1 @@
+"""Measurements: each module is one subcommand of `tools/benchmark_throughput.py`."""

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""How fast the parts of training are on this machine, each against something that is measured in the same run.
+
+    python tools/benchmark_throughput.py images                          decode, resize and normalise, per core
+    python tools/benchmark_throughput.py images --sizes 1920x1080 --json images.json
+
+Exit code 0: measured, and what was computed is right; 1: something was not, or (--require) too slow; 2: a bad
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+# A clone measures its own code, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_vl.bench import images  # noqa: E402
+from megatron_vl.errors import MegatronVLError  # noqa: E402
+
+BENCHMARKS = {
+    "images": images
+}  # each has HELP, add_arguments(parser), run(options) -> (report, record, good)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, help=module.HELP)
+        command.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+        module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        report, record, good = BENCHMARKS[options.benchmark].run(options)
+        print(report)
+        if options.json:
+            Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (MegatronVLError, OSError) as error:
+        print(f"benchmark_throughput.py: {error}", file=sys.stderr)
+        return 2
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

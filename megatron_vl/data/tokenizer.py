@@ -42,14 +42,24 @@ class TextTokenizer(ABC):
     def id_of(self, piece: str) -> int | None:
         """Id of an entry of the vocabulary, None when there is none of that spelling."""
 
+    @abstractmethod
+    def knows(self, token_id: int) -> bool:
+        """Whether the vocabulary has this id."""
+
     def decode(self, ids: Iterable[int], tokens: SpecialTokens) -> str:
-        """Text of any ids; special ids appear as their spelling, e.g. `<im_patch>`."""
+        """Text of any ids; special ids appear as their spelling, e.g. `<im_patch>`, those of no piece as `<|id 417|>`.
+
+        A model may have more ids than its tokenizer, and may sample them: they must not vanish from an answer.
+        """
         spelling = {value: LITERALS[name] for name, value in asdict(tokens).items()}
         parts: list[str] = []
         run: list[int] = []
         for token_id in ids:
             if token_id in spelling:
                 parts += [self.decode_text(run), spelling[token_id]]
+                run = []
+            elif not self.knows(int(token_id)):
+                parts += [self.decode_text(run), f"<|id {int(token_id)}|>"]
                 run = []
             else:
                 run.append(int(token_id))
@@ -89,6 +99,9 @@ class HuggingFaceTokenizer(TextTokenizer):
     def id_of(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
 
+    def knows(self, token_id: int) -> bool:
+        return self._tokenizer.id_to_token(token_id) is not None
+
 
 class SentencePieceTokenizer(TextTokenizer):
     """A SentencePiece `.model`. Its control pieces (`<s>`, `</s>`, `<pad>`) are never used."""
@@ -117,6 +130,9 @@ class SentencePieceTokenizer(TextTokenizer):
     def id_of(self, piece: str) -> int | None:
         number = self._processor.piece_to_id(piece)
         return number if self._processor.id_to_piece(number) == piece else None
+
+    def knows(self, token_id: int) -> bool:
+        return 0 <= token_id < self._processor.get_piece_size()
 
 
 def load_tokenizer(path: str, tokens: SpecialTokens, vocab_size: int) -> TextTokenizer:

@@ -91,6 +91,15 @@ def test_decode_spells_special_ids(sentencepiece_file):
     assert tokenizer.decode(ids, TOKENS) == "<|im_start|>user<im_patch><im_patch>red"
 
 
+def test_ids_without_a_piece_do_not_vanish(sentencepiece_file, huggingface_file):
+    special = own_ids(huggingface_file)
+    for path, tokens in ((sentencepiece_file, TOKENS), (huggingface_file, special)):
+        tokenizer = load_tokenizer(path, tokens, 512)
+        first, second = tokenizer.encode("red"), tokenizer.encode("circle")
+        text = tokenizer.decode([*first, 399, 511, *second], tokens)
+        assert text == f"{tokenizer.decode_text(first)}<|id 399|><|id 511|>{tokenizer.decode_text(second)}"
+
+
 def test_travels_to_workers(sentencepiece_file, huggingface_file):
     for tokenizer in (
         load_tokenizer(sentencepiece_file, TOKENS, 512),

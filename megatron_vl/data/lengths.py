@@ -3,7 +3,8 @@
 Planning needs lengths, not contents. A folder per domain holds `lengths.npy` (int32 [n, 3]: tokens, global
 views, crops), `reasons.npy` (uint8 [n], 0 = good) and `index.json`, which is written last and says what the
 index was made from: the files with sizes and times of change, the rules for images, and a fingerprint of
-tokenizer and template. Building is in `data/lengths_build.py`.
+tokenizer and template. Building is in `data/lengths_build.py`. Under data.packing.overlong = split_turns the n
+entries are documents: samples, or pieces of them, which `pieces.npy` (int64 [n, 4]) tells of.
 
 An index whose files or rules have changed since is an ERROR that names what changed, never rebuilt silently:
 other lengths mean another order of the data, and a run in progress could not be continued. Remove the folder
@@ -18,7 +19,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -29,11 +30,13 @@ from megatron_vl.data.crops import plan_crops
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.data.sample import ImagePart, Message, Sample, TextPart
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule
 from megatron_vl.errors import DataError
 
 FORMAT = 1
 GOOD = 0
 LENGTHS_FILE, REASONS_FILE, DESCRIPTION_FILE = "lengths.npy", "reasons.npy", "index.json"
+PIECES_FILE = "pieces.npy"
 PARTS_FOLDER = "parts"
 _PROBE_SIZES = ((40, 30), (728, 364), (1050, 250), (1920, 1080), (9000, 200))
 
@@ -55,7 +58,9 @@ class Source(Protocol):
 class LengthIndex:
     """Lengths of one domain. tokens, globals_, crops: int32 [n], all 0 for a refused sample.
 
-    tokens: true length, unlimited by data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
+    n: documents; each is a sample, unless pieces is given: int64 [n, 4], sample, number of the piece (0 = the whole
+    sample), first message and end; all pieces of a sample lie together. tokens: true length, unlimited by
+    data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
     digest: of what it was made from. folder: where it is kept; other processes map the same files.
     """
 
@@ -67,9 +72,30 @@ class LengthIndex:
     reason_names: tuple[str, ...]
     digest: str
     folder: Path | None = None
+    pieces: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the source."""
+        if self.pieces is None:
+            return len(self)
+        return int(self.pieces[-1, 0]) + 1 if len(self.pieces) else 0
+
+    def part(self, index: int) -> tuple[int, Piece]:
+        """The sample that document `index` is taken from, and which part of it."""
+        if self.pieces is None:
+            return index, WHOLE
+        sample, *piece = self.pieces[index].tolist()
+        return sample, Piece(*piece)
+
+    def split(self) -> tuple[int, int]:
+        """Number of samples that are cut, and of the pieces that they make."""
+        if self.pieces is None:
+            return 0, 0
+        return int((self.pieces[:, 1] == 1).sum()), int((self.pieces[:, 1] > 0).sum())
 
     def reason(self, index: int) -> str:
         """Why a sample is refused, "" for a good one."""
@@ -94,11 +120,13 @@ def index_folder(index_dir: str | os.PathLike, name: str) -> Path:
     return Path(index_dir) / f"{quote(name, safe='')}.lengths"
 
 
-def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[str, Any]:
+def made_from(
+    source: Source, builder: RowBuilder, reading: str = "", split: SplitRule | None = None
+) -> dict[str, Any]:
     """What decides the lengths: data files, rules, and a fingerprint of tokenizer and template.
 
-    reading: how the source reads its files, where there is more than one way (its form, its own rules).
-    Raises DataError when a data file has gone.
+    reading: how the source reads its files, where there is more than one way (its form, its own rules). split: how
+    over-long conversations are cut. Raises DataError when a data file has gone.
     """
     files = []
     for file in source.describe():
@@ -108,6 +136,7 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             raise DataError(f"{file['path']}: cannot be read ({error.strerror}); correct its path") from error
         files.append({**file, "changed_ns": changed})
     data = builder.data
+    pieces = {} if split is None else {"split_turns": asdict(split)}
     return {
         "format": FORMAT,
         "files": files,
@@ -120,6 +149,7 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             "max_aspect_ratio": data.max_aspect_ratio,
             "apply_exif": data.apply_exif,
             "max_image_pixels": data.max_image_pixels,
+            **pieces,
         },
         "tokenizer": hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest(),
         "template": template_fingerprint(builder),
@@ -168,8 +198,12 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
             )
         index = _mapped(folder, name, tuple(record["reasons"]), digest_of(then))
         samples = sum(int(file["samples"]) for file in then["files"])
-        sizes = {len(index), len(index.crops), len(index.reasons), samples}
-        if len(sizes) > 1 or int(index.reasons.max()) >= len(index.reason_names):
+        sizes = {len(index), len(index.crops), len(index.reasons)}
+        if (
+            len(sizes) > 1
+            or index.num_samples != samples
+            or int(index.reasons.max()) >= len(index.reason_names)
+        ):
             raise ValueError(f"{len(index)} lengths and {len(index.reasons)} reasons for {samples} samples")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"the length index {folder} is damaged ({error}); {remedy}") from error
@@ -179,7 +213,10 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
 def _mapped(folder: Path, name: str, reason_names: tuple[str, ...], digest: str) -> LengthIndex:
     lengths = np.load(folder / LENGTHS_FILE, mmap_mode="r", allow_pickle=False)
     reasons = np.load(folder / REASONS_FILE, mmap_mode="r", allow_pickle=False)
-    return LengthIndex(name, *(lengths[:, n] for n in range(3)), reasons, reason_names, digest, folder)
+    path = folder / PIECES_FILE
+    pieces = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
+    columns = (lengths[:, n] for n in range(3))
+    return LengthIndex(name, *columns, reasons, reason_names, digest, folder, pieces)
 
 
 def wait_for_index(

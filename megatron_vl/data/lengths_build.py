@@ -23,10 +23,13 @@ import numpy as np
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig
+from megatron_vl.data.batch import Row
+from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.lengths import (
     DESCRIPTION_FILE,
     LENGTHS_FILE,
     PARTS_FOLDER,
+    PIECES_FILE,
     REASONS_FILE,
     LengthIndex,
     Source,
@@ -37,6 +40,7 @@ from megatron_vl.data.lengths import (
     wait_for_index,
 )
 from megatron_vl.data.rows import RowBuilder
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule
 from megatron_vl.errors import DataError
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -44,7 +48,9 @@ NO_LIMIT = 1 << 62  # of tokens: what is too long for a row is decided by the pl
 MOST_PARTS, LEAST_SAMPLES = 1000, 256
 SECONDS_BETWEEN_LINES = 10.0
 
-Measured = tuple[np.ndarray, np.ndarray]  # lengths int32 [n, 3], reasons as text [n]
+Measured = dict[
+    str, np.ndarray
+]  # lengths int32 [n, 3], reasons as text [n], with a split rule pieces int64 [n, 4]
 
 
 def length_index(
@@ -58,24 +64,26 @@ def length_index(
     say: Callable[[str], None] = lambda line: None,
     reading: str = "",
     chunk: int | None = None,
+    split: SplitRule | None = None,
 ) -> LengthIndex:
     """The index of a domain: opened, or built (`build`, one process of the run), or waited for (the others).
 
     workers: processes that measure, 0 = this one. say: gets a line of progress now and then. reading: as in
-    `made_from`. chunk: samples per part. Raises DataError when an index is there that does not fit the data
-    (`open_index`), when a worker dies, and for a folder that cannot be written.
+    `made_from`. chunk: samples per part. split: how over-long conversations are cut, None = not at all. Raises
+    DataError when an index is there that does not fit the data (`open_index`), when a worker dies, and for a folder
+    that cannot be written.
     """
     if len(source) == 0:
         raise DataError(f"domain {name} is empty: its files hold no sample; correct its paths, or remove it")
     builder = index_builder(data, model)
-    folder, description = index_folder(index_dir, name), made_from(source, builder, reading)
+    folder, description = index_folder(index_dir, name), made_from(source, builder, reading, split)
     index = open_index(folder, name, description)
     if index is not None:
         return index
     if not build:
         return wait_for_index(folder, name, description)
     try:
-        return _build(folder, name, source, builder, description, workers, say, chunk)
+        return _build(folder, name, source, builder, description, workers, say, chunk, split)
     except BrokenProcessPool as error:
         raise DataError(
             f"domain {name}: a process that measured samples was killed, mostly for want of memory; what is "
@@ -90,16 +98,38 @@ def index_builder(data: DataConfig, model: ModelConfig) -> RowBuilder:
     return RowBuilder(replace(data, seq_length=NO_LIMIT), model)
 
 
-def measure(source: Source, builder: RowBuilder, start: int, stop: int) -> Measured:
-    """Lengths of the samples start ... stop - 1: tokens, global views, crops; and why they are refused."""
-    lengths = np.zeros((stop - start, 3), dtype=np.int32)
-    reasons = []
+def measure(
+    source: Source, builder: RowBuilder, start: int, stop: int, split: SplitRule | None = None
+) -> Measured:
+    """Lengths of the samples start ... stop - 1: tokens, global views, crops; and why they are refused.
+
+    split: a sample that no row takes is measured piece by piece.
+    """
+    lengths, reasons, parts = [], [], []
     for number in range(start, stop):
-        row, _ = builder.build(source[number])
-        reasons.append("" if row.refused is None else row.refused.reason)
-        kinds = row.view_kinds
-        lengths[number - start] = len(row.ids), kinds.count(GLOBAL), kinds.count(CROP)
-    return lengths, np.array(reasons, dtype=np.str_)
+        raw = source[number]
+        for piece, row in _documents(builder, raw, split):
+            reasons.append("" if row.refused is None else row.refused.reason)
+            lengths.append(_cost(row))
+            parts.append((number, piece.number, piece.first, piece.end))
+    found = {"lengths": np.array(lengths, dtype=np.int32), "reasons": np.array(reasons, dtype=np.str_)}
+    return found if split is None else {**found, "pieces": np.array(parts, dtype=np.int64)}
+
+
+def _documents(builder: RowBuilder, raw: RawLine, split: SplitRule | None) -> list[tuple[Piece, Row]]:
+    """The whole sample, or its pieces."""
+    row, _ = builder.build(raw)
+    if split is None or row.refused is not None or split.takes(np.array(_cost(row))):
+        return [(WHOLE, row)]
+    pieces = builder.pieces(raw, split)
+    if len(pieces) == 1:
+        return [(WHOLE, row)]
+    return [(piece, builder.build(raw, piece)[0]) for piece in pieces]
+
+
+def _cost(row: Row) -> tuple[int, int, int]:
+    """Tokens, global views, crops."""
+    return len(row.ids), row.view_kinds.count(GLOBAL), row.view_kinds.count(CROP)
 
 
 def _build(
@@ -111,6 +141,7 @@ def _build(
     workers: int,
     say: Callable[[str], None],
     chunk: int | None,
+    split: SplitRule | None,
 ) -> LengthIndex:
     chunk = chunk or max(LEAST_SAMPLES, -(-len(source) // MOST_PARTS))
     parts = _open_parts(folder, {"made_from": description, "chunk": chunk}, say)
@@ -118,8 +149,8 @@ def _build(
     missing = [r for r in ranges if not _part(parts, r).is_file()]
     done = sum(stop - start for start, stop in ranges) - sum(stop - start for start, stop in missing)
     progress = _Progress(name, len(source), done, say)
-    for finished, (lengths, reasons) in _measured(source, builder, missing, workers):
-        _write(_part(parts, finished), lambda file: np.savez(file, lengths=lengths, reasons=reasons))
+    for finished, found in _measured(source, builder, missing, workers, split):
+        _write(_part(parts, finished), lambda file: np.savez(file, **found))
         progress.add(finished[1] - finished[0])
     _join(folder, parts, ranges, description)
     index = open_index(folder, name, description)
@@ -128,14 +159,18 @@ def _build(
 
 
 def _measured(
-    source: Source, builder: RowBuilder, ranges: list[tuple[int, int]], workers: int
+    source: Source,
+    builder: RowBuilder,
+    ranges: list[tuple[int, int]],
+    workers: int,
+    split: SplitRule | None,
 ) -> Iterator[tuple[tuple[int, int], Measured]]:
     """(range, its lengths) in the order in which they get ready."""
     if workers == 0 or len(ranges) <= 1:
-        yield from ((r, measure(source, builder, *r)) for r in ranges)
+        yield from ((r, measure(source, builder, *r, split)) for r in ranges)
         return
     context = multiprocessing.get_context("spawn")
-    first = (source, builder.data, builder.model)
+    first = (source, builder.data, builder.model, split)
     with ProcessPoolExecutor(min(workers, len(ranges)), context, _start_worker, first) as pool:
         running = {pool.submit(_measure_in_worker, r): r for r in ranges}
         try:
@@ -146,16 +181,18 @@ def _measured(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_in_worker: list[tuple[Source, RowBuilder]] = []  # what a worker process has been given once
+_in_worker: list[
+    tuple[Source, RowBuilder, SplitRule | None]
+] = []  # what a worker process has been given once
 
 
-def _start_worker(source: Source, data: DataConfig, model: ModelConfig) -> None:
-    _in_worker[:] = [(source, RowBuilder(data, model))]
+def _start_worker(source: Source, data: DataConfig, model: ModelConfig, split: SplitRule | None) -> None:
+    _in_worker[:] = [(source, RowBuilder(data, model), split)]
 
 
 def _measure_in_worker(samples: tuple[int, int]) -> Measured:
-    source, builder = _in_worker[0]
-    return measure(source, builder, *samples)
+    source, builder, split = _in_worker[0]
+    return measure(source, builder, *samples, split)
 
 
 def _open_parts(folder: Path, task: dict[str, Any], say: Callable[[str], None]) -> Path:
@@ -176,13 +213,14 @@ def _part(parts: Path, samples: tuple[int, int]) -> Path:
 
 def _join(folder: Path, parts: Path, ranges: list[tuple[int, int]], description: dict[str, Any]) -> None:
     """All parts as one index; the description, which makes it valid, is written last."""
-    names, lengths, codes = [""], [], []
+    names, lengths, codes, pieces = [""], [], [], []
     for samples in ranges:
         path = _part(parts, samples)
         try:
             with np.load(path, allow_pickle=False) as part:
                 lengths.append(part["lengths"])
                 reasons = part["reasons"]
+                pieces += [part["pieces"]] if "pieces" in part else []
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged ({error}); remove it and start again") from error
         found, inverse = np.unique(reasons, return_inverse=True)
@@ -190,6 +228,9 @@ def _join(folder: Path, parts: Path, ranges: list[tuple[int, int]], description:
         codes.append(np.array([names.index(str(reason)) for reason in found], dtype=np.uint8)[inverse])
     _write(folder / LENGTHS_FILE, lambda file: np.save(file, np.concatenate(lengths)))
     _write(folder / REASONS_FILE, lambda file: np.save(file, np.concatenate(codes)))
+    (folder / PIECES_FILE).unlink(missing_ok=True)
+    if pieces:
+        _write(folder / PIECES_FILE, lambda file: np.save(file, np.concatenate(pieces)))
     record = {"made_from": description, "reasons": names}
     _write(folder / DESCRIPTION_FILE, lambda file: file.write(json.dumps(record, indent=1).encode()))
     shutil.rmtree(parts)

@@ -85,11 +85,11 @@ def test_worker_processes_give_the_same_with_progress(data, tmp_path):
 def test_a_stopped_build_goes_on(data, tmp_path, monkeypatch):
     measured, whole = [], lengths_build.measure
 
-    def stops(source, builder, start, stop):
+    def stops(source, builder, start, stop, split):
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(start)
-        return whole(source, builder, start, stop)
+        return whole(source, builder, start, stop, split)
 
     monkeypatch.setattr(lengths_build, "measure", stops)
     with pytest.raises(KeyboardInterrupt):

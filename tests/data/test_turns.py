@@ -182,7 +182,9 @@ def test_every_piece_is_trained_on_and_refused_pairs_are_reported(data, folder, 
             if built.refused is not None:
                 refused[built.refused.id] = built.refused.reason
     assert refused == {"c#3": "too_long", "d": "too_long", "e": "too_long"}
-    assert len(seen) == len(index) and 1 <= min(seen.values()) and max(seen.values()) <= min(seen.values()) + 1
+    assert (
+        len(seen) == len(index) and min(seen.values()) >= 1 and max(seen.values()) <= min(seen.values()) + 1
+    )
     log = BadSampleLog(str(tmp_path / "bad.jsonl"), write=True)
     for name in ("c#3", "c#4", "c#3"):
         log.add([BadSample(name, "talk.jsonl", 41, "too_long", "")])

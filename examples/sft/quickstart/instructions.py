@@ -15,6 +15,7 @@ from the arguments: the same seed gives the same files.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -22,9 +23,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "quickstart"))
 
-from make_data import conversation, draw_all, image_hashes, in_turns, write_jsonl
-from questions import ANSWERS, QUESTIONS, QUESTIONS_PER_IMAGE, make_pictures
+from make_data import SOURCES, conversation, draw_all, image_hashes, in_turns, write_jsonl
+from questions import (
+    ANSWERS,
+    CROPS_OTHER,
+    CROPS_SINGLE,
+    QUESTIONS,
+    QUESTIONS_PER_IMAGE,
+    Picture,
+    make_pictures,
+)
+from scenes import count_scene, pick_size, single_scene
 
+QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
 FORMS = {"plain": "", "sentence": " Give it in words.", "brackets": " Give it in a box."}
 SENTENCES = {
     "colour": "It is {}.",
@@ -35,7 +46,8 @@ SENTENCES = {
     "box": "Its box is {}.",
 }
 ASKED_ABOUT_TEXT = ("colour", "position", "shape", "count", "word")
-LONG_TURNS = 24  # longer than a row of the stages
+LONG_TURNS = 120  # longer than a row of the stages
+FOCUS = 0.6  # share of the pictures that ask for what pre-training has only begun to learn: place and number
 VISION, TEXT = "heldout_vision.jsonl", "heldout_text.jsonl"
 
 
@@ -43,8 +55,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
     parser.add_argument("--heldout", type=Path, required=True, help="data folder of the quickstart")
-    parser.add_argument("--images", type=int, default=6000, help="training pictures (default %(default)s)")
-    parser.add_argument("--texts", type=int, default=12000, help="descriptions (default %(default)s)")
+    parser.add_argument("--images", type=int, default=4000, help="training pictures (default %(default)s)")
+    parser.add_argument("--texts", type=int, default=4000, help="descriptions (default %(default)s)")
     parser.add_argument("--heldout-texts", type=int, default=300, help="held-out ones (default %(default)s)")
     parser.add_argument(
         "--turns", type=int, default=3, help="questions in a conversation (default %(default)s)"
@@ -118,6 +130,28 @@ def text_lines(number: int, heldout: int, turns: int, seed: int) -> tuple[list[d
     return lines, held
 
 
+def pictures_to_learn(number: int, seed: str) -> list[Picture]:
+    """Pictures of every kind, and FOCUS of them about places and numbers."""
+    rng = random.Random(seed)
+    focused = [_focused(rng, asks_place=index % 5 < 3) for index in range(round(number * FOCUS))]
+    rest = number - len(focused)
+    return [*make_pictures(round(rest * QUESTIONS_PER_IMAGE), False, f"{seed} all"), *focused]
+
+
+def _focused(rng: random.Random, asks_place: bool) -> Picture:
+    facts = {kind: rng.choice(ANSWERS[kind]) for kind in ("colour", "shape", "position", "count")}
+    weights = CROPS_SINGLE if asks_place else CROPS_OTHER
+    size = pick_size(rng, rng.choices(list(weights), weights=list(weights.values()))[0])
+    if asks_place:
+        scene = single_scene(rng, size, facts["colour"], facts["shape"], facts["position"])
+        asked = "position"
+    else:
+        scene = count_scene(rng, size, facts["colour"], facts["shape"], int(facts["count"]))
+        asked = "count"
+    kinds = [asked, "colour"] if rng.random() < 0.3 else [asked]
+    return Picture(scene, tuple((kind, facts[kind]) for kind in kinds))
+
+
 def vision_lines(pictures: list, names: list[str], turns: int, seed: int) -> list[dict]:
     """Training conversations about pictures."""
     rng, lines = random.Random(f"{seed} forms"), []
@@ -146,6 +180,8 @@ def make_instructions(arguments: argparse.Namespace) -> None:
     """Plan, draw, write, check that no held-out picture is trained on."""
     folder, seed = arguments.out, arguments.seed
     settings = {name: str(value) for name, value in vars(arguments).items()}
+    sources = [Path(__file__), *(QUICKSTART / name for name in SOURCES)]
+    settings["generator_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     note = folder / "settings.json"
     if note.exists() and json.loads(note.read_text()) == settings:
         print(f"data: {folder} is up to date")
@@ -153,7 +189,7 @@ def make_instructions(arguments: argparse.Namespace) -> None:
     note.unlink(missing_ok=True)
     (folder / "vision" / "images").mkdir(parents=True, exist_ok=True)
     (folder / "text").mkdir(exist_ok=True)
-    pictures = make_pictures(round(arguments.images * QUESTIONS_PER_IMAGE), False, f"{seed} sft")
+    pictures = pictures_to_learn(arguments.images, f"{seed} sft")
     names = draw_all(folder / "vision", {"sft": pictures}, arguments.workers)["sft"]
     vision = vision_lines(pictures, names, arguments.turns, seed)
     texts, held_texts = text_lines(arguments.texts, arguments.heldout_texts, arguments.turns, seed)

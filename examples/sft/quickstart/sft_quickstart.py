@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="run to start from")
     parser.add_argument("--out", type=Path, default=Path("runs/sft_quickstart"), help="folder for everything")
-    parser.add_argument("--images", type=int, default=6000, help="pictures to train on (default %(default)s)")
+    parser.add_argument("--images", type=int, default=4000, help="pictures to train on (default %(default)s)")
     parser.add_argument("--no-checks", action="store_true", help="do not fail when a promise does not hold")
     return parser.parse_intermixed_args()
 
@@ -81,6 +81,7 @@ def stage(name: str, arguments: argparse.Namespace) -> list[str]:
     moved = [
         f"run_dir={out / name}",
         f"data.domains=[{domains}]",
+        f"data.packing.index_dir={out / 'index'}",
         f"data.data_root={out / 'data' / 'vision'}",
         f"data.tokenizer={arguments.quickstart / 'data' / 'tokenizer.model'}",
         f"train.init_from={first}",
@@ -122,29 +123,33 @@ def rank() -> int:
     """One of the ranks that score: each checkpoint on each held-out file; rank 0 writes scores.json."""
     from megatron_vl.parallel.runtime import Phase, reported, start_from_environment
     from megatron_vl.plan.checks import load_checked_run
-    from megatron_vl.train.build import build
-    from megatron_vl.train.prepare import choose_first
 
     arguments = parse()
-    loaded = load_checked_run(*split(stage("stage2", arguments)), None, RANKS)
-    config, scores = loaded.config, {}
+    config = load_checked_run(*split(stage("stage2", arguments)), None, RANKS).config
     runs = (arguments.quickstart, *(arguments.out / name for name in STAGES))
     with start_from_environment(config.parallel, config.train.seed) as runtime:
         with reported(runtime, Phase()):
-            for column, run in zip(COLUMNS, runs):
-                stored = choose_first(str(run), config.checkpoint, runtime)
-                parts = build(config, runtime, stored.weight, with_optimizer=False)
-                scores[column] = {
-                    name: score_file(parts, file, root) for name, (file, root) in heldout(arguments).items()
-                }
-                if runtime.rank == 0:
-                    told = ", ".join(
-                        f"{sum(right)} of {len(right)} {name}" for name, right in tallies(scores[column])
-                    )
-                    print(f"scored {stored.folder}: {told}", flush=True)
+            scores = {
+                column: score_run(config, runtime, run, heldout(arguments))
+                for column, run in zip(COLUMNS, runs)
+            }
         if runtime.rank == 0:
             (arguments.out / "scores.json").write_text(json.dumps(scores))
     return 0
+
+
+def score_run(config, runtime, run: Path, files: dict[str, tuple[Path, Path]]) -> dict[str, dict[str, bool]]:
+    """The newest checkpoint of a run, in whatever layout it was saved: right or wrong by file and sample id."""
+    from megatron_vl.checkpoint.resume import choose_first
+    from megatron_vl.train.build import build
+
+    stored = choose_first(str(run), config.checkpoint, runtime)
+    parts = build(config, runtime, stored.weight, with_optimizer=False)
+    found = {name: score_file(parts, file, root) for name, (file, root) in files.items()}
+    if runtime.rank == 0:
+        told = ", ".join(f"{sum(right)} of {len(right)} {name}" for name, right in tallies(found))
+        print(f"scored {stored.folder}: {told}", flush=True)
+    return found
 
 
 def tallies(scores: dict[str, dict[str, bool]]) -> list[tuple[str, list[bool]]]:

@@ -41,6 +41,7 @@ def main() -> int:
     from instructions import make_instructions
     from instructions import parse_arguments as data_arguments
 
+    from megatron_vl.plan.checks import load_checked_run
     from megatron_vl.train import sft
 
     arguments, begin = parse(), time.monotonic()
@@ -50,6 +51,8 @@ def main() -> int:
     started, data = time.monotonic(), arguments.out / "data"
     options = ["--out", data, "--heldout", arguments.quickstart / "data", "--images", arguments.images]
     make_instructions(data_arguments([str(option) for option in options]))
+    if load_checked_run(*split(stage("stage1", arguments)), None, RANKS).config.parallel.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name in STAGES:
         print(f"\n{name}: python -m megatron_vl sft {HERE / name}.yaml --nproc {RANKS}", flush=True)
         code = sft.main([*stage(name, arguments), "--nproc", str(RANKS)])
@@ -109,7 +112,7 @@ def score_all(arguments: argparse.Namespace) -> int:
 
     config = load_checked_run(*split(stage("stage2", arguments)), None, RANKS).config
     layout = Layout.from_config(config.parallel, RANKS)
-    os.environ["SFT_QUICKSTART"] = json.dumps(sys.argv[1:])
+    os.environ["SFT_QUICKSTART"] = "score"
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
     return run_local(command, layout, stop_seconds=config.parallel.timeout_seconds)
 

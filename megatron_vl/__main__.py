@@ -14,6 +14,7 @@ from megatron_vl.errors import MegatronVLError
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("megatron_vl.plan.command", "print the resolved run, its parameters, cost, ranks and stages"),
     "pretrain": ("megatron_vl.train.pretrain", "train: CONFIG [--nproc N] [section.key=value ...]"),
+    "sft": ("megatron_vl.train.sft", "fine-tune weights on conversations: the same arguments"),
 }
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if name == "pretrain" else 0  # a run that lost its reader is not finished
+        return 1 if name in ("pretrain", "sft") else 0  # a run that lost its reader is not finished
 
 
 def usage() -> str:

@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "quickstart"))
 from make_data import SOURCES, conversation, draw_all, image_hashes, in_turns, write_jsonl
 from questions import (
     ANSWERS,
-    CROPS_OTHER,
-    CROPS_SINGLE,
     QUESTIONS,
     QUESTIONS_PER_IMAGE,
     Picture,
@@ -47,6 +45,7 @@ SENTENCES = {
 }
 ASKED_ABOUT_TEXT = ("colour", "position", "shape", "count", "word")
 LONG_TURNS = 120  # longer than a row of the stages
+FOCUS_CROPS = {0: 0.8, 4: 0.1, 6: 0.1}  # of these pictures: most are one view, which costs the tower least
 FOCUS = 0.6  # share of the pictures that ask for what pre-training has only begun to learn: place and number
 VISION, TEXT = "heldout_vision.jsonl", "heldout_text.jsonl"
 
@@ -55,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
     parser.add_argument("--heldout", type=Path, required=True, help="data folder of the quickstart")
-    parser.add_argument("--images", type=int, default=4000, help="training pictures (default %(default)s)")
+    parser.add_argument("--images", type=int, default=16000, help="training pictures (default %(default)s)")
     parser.add_argument("--texts", type=int, default=4000, help="descriptions (default %(default)s)")
     parser.add_argument("--heldout-texts", type=int, default=300, help="held-out ones (default %(default)s)")
     parser.add_argument(
@@ -140,8 +139,7 @@ def pictures_to_learn(number: int, seed: str) -> list[Picture]:
 
 def _focused(rng: random.Random, asks_place: bool) -> Picture:
     facts = {kind: rng.choice(ANSWERS[kind]) for kind in ("colour", "shape", "position", "count")}
-    weights = CROPS_SINGLE if asks_place else CROPS_OTHER
-    size = pick_size(rng, rng.choices(list(weights), weights=list(weights.values()))[0])
+    size = pick_size(rng, rng.choices(list(FOCUS_CROPS), weights=list(FOCUS_CROPS.values()))[0])
     if asks_place:
         scene = single_scene(rng, size, facts["colour"], facts["shape"], facts["position"])
         asked = "position"

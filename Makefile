@@ -10,11 +10,11 @@ STAMP := $(VENV)/.installed
 # PYTHON=/path/to/python3.11 chooses the interpreter; by default tools/setup_env.sh finds one.
 export PYTHON
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup quickstart sft-quickstart test test-all lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-11s %s\n' "$$name" "$$text"; done
+		printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## make .venv: CPU torch, or CUDA torch where nvidia-smi finds a GPU
 	@:
@@ -26,6 +26,9 @@ $(STAMP): setup.py pyproject.toml constraints-cpu.txt tools/setup_env.sh
 quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score it (about 7 minutes)
 	@$(PY) examples/quickstart/quickstart.py $(ARGS)
 
+sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 CPU ranks, score it (about 8 minutes)
+	@$(PY) examples/sft/quickstart/sft_quickstart.py $(ARGS)
+
 test: $(STAMP) ## the tests of every change: no GPU, within 15 minutes on 2 cores
 	@$(PY) -m pytest -m 'not gpu and not slow' -rs --durations=15 $(ARGS)
 
@@ -35,6 +38,6 @@ test-all: $(STAMP) ## also the slow ones: every parallel layout; and the GPU one
 lint: $(STAMP) ## ruff, if installed: .venv/bin/pip install ruff
 	@$(PY) -m ruff check .
 
-clean: ## remove .venv, caches and the quickstart's run
-	rm -rf $(VENV) runs/quickstart build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## remove .venv, caches and the quickstarts' runs
+	rm -rf $(VENV) runs/quickstart runs/sft_quickstart build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "answer a prompt: CONFIG --prompt TEXT [--image FILE] [--nproc N] ...",
     ),
     "pretrain": ("megatron_vl.train.pretrain", "train: CONFIG [--nproc N] [section.key=value ...]"),
+    "sft": ("megatron_vl.train.sft", "fine-tune weights on conversations: the same arguments"),
 }
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if name == "pretrain" else 0  # a run that lost its reader is not finished
+        return 1 if name in ("pretrain", "sft") else 0  # a run that lost its reader is not finished
 
 
 def usage() -> str:

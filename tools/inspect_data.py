@@ -99,8 +99,8 @@ def _draw_sample(options: argparse.Namespace) -> int:
     from megatron_vl.data.draw.sample_layout import lay_out_sample
 
     config = _run_of_sample(options)
-    raw, domain = find_sample(config, options.domain, options.index, options.id, _say)
-    sample, planned = describe_sample(raw, domain, config)
+    raw, piece, domain = find_sample(config, options.domain, options.index, options.id, _say)
+    sample, planned = describe_sample(raw, domain, config, piece)
     print("\n".join(sample_lines(sample)))
     if options.out:
         paint(lay_out_sample(sample), Views(planned, config)).save(options.out)
@@ -192,7 +192,7 @@ def _add_drawing_commands(commands: argparse._SubParsersAction) -> list[argparse
     sample.add_argument("--domain", metavar="NAME", help="domain of the run; default: its first")
     which = sample.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, metavar="N", help="number in the domain, from 0; default: 0")
-    which.add_argument("--id", metavar="ID", help="the first sample of this id")
+    which.add_argument("--id", metavar="ID", help="the first sample, or piece of one, of this id")
     row = commands.add_parser("row", help="one row of a step: documents, views, and which rank holds what")
     row.add_argument("config", metavar="RUN.yaml")
     row.add_argument("--step", type=int, default=0, metavar="N", help="step of the run, from 0")

@@ -88,6 +88,11 @@ class PackingConfig:
     look_ahead_rows: int = key("rows' worth of documents that are packed together", 128, at_least=1)
     max_global_views: int | None = key("global views in a row; none = no limit", None, at_least=1)
     max_crops: int | None = key("crops in a row; none = no limit", None, at_least=1)
+    overlong: str = key(
+        "a conversation that no row takes: refuse it, or cut it between turns; both are counted",
+        "refuse",
+        choices=("refuse", "split_turns"),
+    )
     balance: bool = key("spread vision and attention work evenly over the rows", True)
     index_dir: str | None = key("folder of the length indices; none = data_index in the run folder", None)
     index_workers: int = key("processes that build a length index; 0 = in this process", 4, at_least=0)

@@ -42,7 +42,8 @@ class SampleRefused(DataError):
 class BadSampleLog:
     """Writes every bad sample once, also over epochs and over resumed runs.
 
-    A sample is identified by its source and line, since ids may repeat. Only the rank that is given
+    A sample is identified by its source and line, since ids may repeat, and by its id, since a line may make several
+    documents. Only the rank that is given
     `write=True` touches the file; the others only count what they are shown. An existing file is read first,
     so that a resumed run neither repeats nor forgets records.
     """
@@ -50,7 +51,7 @@ class BadSampleLog:
     def __init__(self, path: str, write: bool):
         self.path = path
         self.write = write
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: set[tuple[str, int, str]] = set()
         self.by_reason: Counter[str] = Counter()
         self.by_source: Counter[str] = Counter()
         if write and os.path.exists(path):
@@ -77,7 +78,7 @@ class BadSampleLog:
         )
 
     def _count(self, record: BadSample) -> bool:
-        key = (record.source, record.line)
+        key = (record.source, record.line, record.id)
         if key in self._seen:
             return False
         self._seen.add(key)

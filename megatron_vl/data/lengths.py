@@ -1,9 +1,11 @@
 """The length index of a domain: tokens and views of every sample, made once and kept on disk.
 
 Planning needs lengths, not contents. A folder per domain holds `lengths.npy` (int32 [n, 3]: tokens, global
-views, crops), `reasons.npy` (uint8 [n], 0 = good), `contents.npy` (uint64 [n], a checksum of each record) and
+views, crops), `reasons.npy` (uint8 [n], 0 = good), `contents.npy` (uint64 [samples], a checksum of each record) and
 `index.json`, which is written last and says what the index was made from: the files with sizes and times of change,
-the rules for images, and a fingerprint of tokenizer and template. Building is in `data/lengths_build.py`.
+the rules for images, and a fingerprint of tokenizer and template. Building is in `data/lengths_build.py`. Under
+data.packing.overlong = split_turns the n entries are documents: samples, or pieces of them, which `pieces.npy` (int64
+[n, 4]) tells of; checksums stay per sample.
 
 **Which data are the same.** Measuring reads every record anyway, so its checksum costs nothing but 8 bytes. The
 identity of the data is these checksums with the sizes of the files and the rules; paths and times of change are not
@@ -26,7 +28,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -38,12 +40,13 @@ from megatron_vl.data.crops import plan_crops
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.data.sample import ImagePart, Message, Sample, TextPart
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule
 from megatron_vl.errors import DataError
 
 FORMAT = 2
 GOOD = 0
 LENGTHS_FILE, REASONS_FILE, CONTENTS_FILE = "lengths.npy", "reasons.npy", "contents.npy"
-DESCRIPTION_FILE = "index.json"
+PIECES_FILE, DESCRIPTION_FILE = "pieces.npy", "index.json"
 PARTS_FOLDER = "parts"
 _PROBE_SIZES = ((40, 30), (728, 364), (1050, 250), (1920, 1080), (9000, 200))
 
@@ -65,9 +68,11 @@ class Source(Protocol):
 class LengthIndex:
     """Lengths of one domain. tokens, globals_, crops: int32 [n], all 0 for a refused sample.
 
-    tokens: true length, unlimited by data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
+    n: documents; each is a sample, unless pieces is given: int64 [n, 4], sample, number of the piece (0 = the whole
+    sample), first message and end; all pieces of a sample lie together. tokens: true length, unlimited by
+    data.seq_length. reasons: uint8 [n] into `reason_names`, 0 = good.
     digest: of what it was made from. folder: where it is kept; other processes map the same files. contents:
-    uint64 [n], checksums of the records. left_out: images that pages go without, by reason.
+    uint64 [samples], checksums of the records. left_out: images that pages go without, by reason.
     """
 
     name: str
@@ -80,9 +85,30 @@ class LengthIndex:
     folder: Path | None = None
     contents: np.ndarray | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    pieces: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the source."""
+        if self.pieces is None:
+            return len(self)
+        return int(self.pieces[-1, 0]) + 1 if len(self.pieces) else 0
+
+    def part(self, index: int) -> tuple[int, Piece]:
+        """The sample that document `index` is taken from, and which part of it."""
+        if self.pieces is None:
+            return index, WHOLE
+        sample, *piece = self.pieces[index].tolist()
+        return sample, Piece(*piece)
+
+    def split(self) -> tuple[int, int]:
+        """Number of samples that are cut, and of the pieces that they make."""
+        if self.pieces is None:
+            return 0, 0
+        return int((self.pieces[:, 1] == 1).sum()), int((self.pieces[:, 1] > 0).sum())
 
     def reason(self, index: int) -> str:
         """Why a sample is refused, "" for a good one."""
@@ -107,11 +133,13 @@ def index_folder(index_dir: str | os.PathLike, name: str) -> Path:
     return Path(index_dir) / f"{quote(name, safe='')}.lengths"
 
 
-def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[str, Any]:
+def made_from(
+    source: Source, builder: RowBuilder, reading: str = "", split: SplitRule | None = None
+) -> dict[str, Any]:
     """What decides the lengths: data files, rules, and a fingerprint of tokenizer and template.
 
-    reading: how the source reads its files, where there is more than one way (its form, its own rules).
-    Raises DataError when a data file has gone.
+    reading: how the source reads its files, where there is more than one way (its form, its own rules). split: how
+    over-long conversations are cut. Raises DataError when a data file has gone.
     """
     files = []
     for file in source.describe():
@@ -121,6 +149,7 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             raise DataError(f"{file['path']}: cannot be read ({error.strerror}); correct its path") from error
         files.append({**file, "changed_ns": changed})
     data = builder.data
+    pieces = {} if split is None else {"split_turns": asdict(split)}
     return {
         "format": FORMAT,
         "files": files,
@@ -134,6 +163,7 @@ def made_from(source: Source, builder: RowBuilder, reading: str = "") -> dict[st
             "apply_exif": data.apply_exif,
             "max_image_pixels": data.max_image_pixels,
             **_refusals_of_backend(data),
+            **pieces,
         },
         "tokenizer": hashlib.sha256(Path(data.tokenizer).read_bytes()).hexdigest(),
         "template": template_fingerprint(builder),
@@ -209,8 +239,11 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
         digest = digest_of({**identity_of(then), "contents": record["contents"]})
         index = _mapped(folder, name, tuple(record["reasons"]), digest, record["left_out"])
         samples = sum(int(file["samples"]) for file in then["files"])
-        sizes = {len(index), len(index.crops), len(index.reasons), len(index.contents), samples}
-        if len(sizes) > 1 or int(index.reasons.max()) >= len(index.reason_names):
+        sizes = {len(index), len(index.crops), len(index.reasons)}
+        if index.pieces is not None:
+            sizes.add(len(index.pieces))
+        counts = {index.num_samples, len(index.contents), samples}
+        if len(sizes) > 1 or len(counts) > 1 or int(index.reasons.max()) >= len(index.reason_names):
             raise ValueError(f"{len(index)} lengths and {len(index.reasons)} reasons for {samples} samples")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"the length index {folder} is damaged ({error}); {remedy}") from error
@@ -220,12 +253,14 @@ def open_index(folder: Path, name: str, description: dict[str, Any]) -> LengthIn
 def _mapped(
     folder: Path, name: str, reason_names: tuple[str, ...], digest: str, left_out: dict[str, int]
 ) -> LengthIndex:
-    lengths, reasons, contents = (
-        np.load(folder / file, mmap_mode="r", allow_pickle=False)
-        for file in (LENGTHS_FILE, REASONS_FILE, CONTENTS_FILE)
+    names = [LENGTHS_FILE, REASONS_FILE, CONTENTS_FILE]
+    if (folder / PIECES_FILE).is_file():
+        names.append(PIECES_FILE)
+    lengths, reasons, contents, *pieces = (
+        np.load(folder / file, mmap_mode="r", allow_pickle=False) for file in names
     )
     columns = (lengths[:, n] for n in range(3))
-    return LengthIndex(name, *columns, reasons, reason_names, digest, folder, contents, left_out)
+    return LengthIndex(name, *columns, reasons, reason_names, digest, folder, contents, left_out, *pieces)
 
 
 def places_that_differ(folder: Path, description: dict[str, Any]) -> list[str]:

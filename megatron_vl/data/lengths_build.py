@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,12 +27,15 @@ import numpy as np
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import DataConfig
+from megatron_vl.data.batch import Row
 from megatron_vl.data.build_lock import BuildLock
+from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.lengths import (
     CONTENTS_FILE,
     DESCRIPTION_FILE,
     LENGTHS_FILE,
     PARTS_FOLDER,
+    PIECES_FILE,
     REASONS_FILE,
     LengthIndex,
     Source,
@@ -44,6 +48,7 @@ from megatron_vl.data.lengths import (
     wait_for_index,
 )
 from megatron_vl.data.rows import RowBuilder
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule
 from megatron_vl.data.whole_file import write_whole
 from megatron_vl.data.workers import end_with_parent
 from megatron_vl.errors import DataError
@@ -54,16 +59,19 @@ MOST_PARTS, LEAST_SAMPLES = 1000, 256
 SECONDS_BETWEEN_LINES = 10.0
 Result = TypeVar("Result")
 
-COMPARED_IMAGES = 64  # samples with images that are measured again when data.data_root is another one
+COMPARED_IMAGES = 64  # documents with images that are measured again when data.data_root is another one
 
 
 class Measured(NamedTuple):
-    """Of n samples: lengths int32 [n, 3], reasons as text [n], checksums uint64 [n], images left out as text."""
+    """Of n documents of s samples: lengths int32 [n, 3], reasons as text [n], checksums uint64 [s], images left out
+    as text; with a split rule pieces int64 [n, 4].
+    """
 
     lengths: np.ndarray
     reasons: np.ndarray
     contents: np.ndarray
     left_out: np.ndarray
+    pieces: np.ndarray | None = None
 
 
 def length_index(
@@ -77,17 +85,19 @@ def length_index(
     say: Callable[[str], None] = lambda line: None,
     reading: str = "",
     chunk: int | None = None,
+    split: SplitRule | None = None,
 ) -> LengthIndex:
     """The index of a domain: opened, or built (`build`, one process of the run), or waited for (the others).
 
     workers: processes that measure, 0 = this one. say: gets a line of progress now and then. reading: as in
-    `made_from`. chunk: samples per part. Raises DataError when an index is there that does not fit the data
-    (`open_index`), when a worker dies, and for a folder that cannot be written.
+    `made_from`. chunk: samples per part. split: how over-long conversations are cut, None = not at all. Raises
+    DataError when an index is there that does not fit the data (`open_index`), when a worker dies, and for a folder
+    that cannot be written.
     """
     if len(source) == 0:
         raise DataError(f"domain {name} is empty: its files hold no sample; correct its paths, or remove it")
     builder = index_builder(data, model)
-    folder, description = index_folder(index_dir, name), made_from(source, builder, reading)
+    folder, description = index_folder(index_dir, name), made_from(source, builder, reading, split)
     index = open_index(folder, name, description)
     if index is None and not build:
         return wait_for_index(folder, name, description)
@@ -96,7 +106,9 @@ def length_index(
             with BuildLock(folder, say) as lock:
                 index = open_index(folder, name, description)  # made meanwhile by whom we waited for
                 if index is None:
-                    return _build(folder, name, source, builder, description, workers, say, chunk, lock)
+                    return _build(
+                        folder, name, source, builder, description, workers, say, chunk, lock, split
+                    )
         if build:
             _compare_if_moved(index, source, builder, description, workers, say)
         return index
@@ -114,20 +126,46 @@ def index_builder(data: DataConfig, model: ModelConfig) -> RowBuilder:
     return RowBuilder(replace(data, seq_length=NO_LIMIT), model)
 
 
-def measure(source: Source, builder: RowBuilder, start: int, stop: int) -> Measured:
-    """Lengths of the samples start ... stop - 1: tokens, global views, crops; and why they are refused."""
-    lengths = np.zeros((stop - start, 3), dtype=np.int32)
+def measure(
+    source: Source, builder: RowBuilder, start: int, stop: int, split: SplitRule | None = None
+) -> Measured:
+    """Lengths of the samples start ... stop - 1: tokens, global views, crops; and why they are refused.
+
+    split: a sample that no row takes is measured piece by piece.
+    """
+    lengths, reasons, parts, left_out = [], [], [], []
     contents = np.zeros(stop - start, dtype=np.uint64)
-    reasons, left_out = [], []
     for number in range(start, stop):
         raw = source[number]
-        row, _ = builder.build(raw)
-        reasons.append("" if row.refused is None else row.refused.reason)
-        kinds = row.view_kinds
-        lengths[number - start] = len(row.ids), kinds.count(GLOBAL), kinds.count(CROP)
         contents[number - start] = checksum(raw)
-        left_out += row.left_out
-    return Measured(lengths, np.array(reasons, dtype=np.str_), contents, np.array(left_out, dtype=np.str_))
+        for piece, row in _documents(builder, raw, split):
+            reasons.append("" if row.refused is None else row.refused.reason)
+            lengths.append(_cost(row))
+            parts.append((number, piece.number, piece.first, piece.end))
+            left_out += row.left_out
+    return Measured(
+        np.array(lengths, dtype=np.int32),
+        np.array(reasons, dtype=np.str_),
+        contents,
+        np.array(left_out, dtype=np.str_),
+        None if split is None else np.array(parts, dtype=np.int64),
+    )
+
+
+def _documents(builder: RowBuilder, raw: RawLine, split: SplitRule | None) -> list[tuple[Piece, Row]]:
+    """The whole sample, or its pieces."""
+    row, _ = builder.build(raw)
+    if split is None or row.refused is not None or split.takes(np.array(_cost(row))):
+        return [(WHOLE, row)]
+    pieces = builder.pieces(raw, split)
+    if len(pieces) == 1:
+        return [(WHOLE, row)]
+    return [(piece, builder.build(raw, piece)[0]) for piece in pieces]
+
+
+def _cost(row: Row) -> tuple[int, int, int]:
+    """Tokens, global views, crops."""
+    return len(row.ids), row.view_kinds.count(GLOBAL), row.view_kinds.count(CROP)
 
 
 def checksums(source: Source, builder: RowBuilder, start: int, stop: int) -> np.ndarray:
@@ -174,18 +212,21 @@ def _compare_if_moved(
 
 
 def _compare_images(index: LengthIndex, source: Source, builder: RowBuilder) -> None:
-    """Measures some samples with images again: with a wrong data.data_root all images would be refused later."""
+    """Measures some documents with images again: with a wrong data.data_root all images would be refused later."""
     with_images = np.flatnonzero(index.globals_)
     chosen = with_images[
         np.linspace(0, len(with_images) - 1, min(COMPARED_IMAGES, len(with_images))).astype(int)
     ]
     for number in map(int, chosen):
-        (now,), reasons, _, _ = measure(source, builder, number, number + 1)
-        then = [int(values[number]) for values in (index.tokens, index.globals_, index.crops)]
-        if then != now.tolist():
+        sample, piece = index.part(number)
+        row, _ = builder.build(source[sample], piece)
+        now = _cost(row)
+        then = tuple(int(values[number]) for values in (index.tokens, index.globals_, index.crops))
+        if then != now:
+            reason = "good" if row.refused is None else row.refused.reason
             raise DataError(
-                f"sample {number} of domain {index.name} has {now[0]} tokens, {now[1]} global views and {now[2]} "
-                f"crops ({reasons[0] or 'good'}), but {then[0]}, {then[1]} and {then[2]} in its length index: its "
+                f"sample {piece.name(str(sample))} of domain {index.name} has {now[0]} tokens, {now[1]} global views "
+                f"and {now[2]} crops ({reason}), but {then[0]}, {then[1]} and {then[2]} in its length index: its "
                 f"images are not those of then; correct data.data_root, or remove {index.folder}"
             )
 
@@ -200,6 +241,7 @@ def _build(
     say: Callable[[str], None],
     chunk: int | None,
     lock: BuildLock,
+    split: SplitRule | None,
 ) -> LengthIndex:
     chunk = chunk or max(LEAST_SAMPLES, -(-len(source) // MOST_PARTS))
     parts = _open_parts(folder, {"made_from": description, "chunk": chunk}, say)
@@ -207,9 +249,9 @@ def _build(
     missing = [r for r in ranges if not _part(parts, r).is_file()]
     done = sum(stop - start for start, stop in ranges) - sum(stop - start for start, stop in missing)
     progress = _Progress(name, len(source), done, say)
-    for finished, measured in _over(measure, source, builder, missing, workers):
+    for finished, measured in _over(partial(measure, split=split), source, builder, missing, workers):
         lock.check()
-        write_whole(_part(parts, finished), lambda file: np.savez(file, **measured._asdict()))
+        _save_part(_part(parts, finished), measured)
         progress.add(finished[1] - finished[0])
     lock.check()
     _join(folder, parts, ranges, description)
@@ -276,19 +318,28 @@ def _part(parts: Path, samples: tuple[int, int]) -> Path:
     return parts / f"{samples[0]:012d}.npz"
 
 
+def _save_part(path: Path, measured: Measured) -> None:
+    arrays = {name: array for name, array in measured._asdict().items() if array is not None}
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def _load_part(path: Path) -> Measured:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Measured(**stored)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and start again") from error
+
+
 def _join(folder: Path, parts: Path, ranges: list[tuple[int, int]], description: dict[str, Any]) -> None:
     """All parts as one index; the description, which makes it valid, is written last."""
-    names, lengths, codes, contents, left_out = [""], [], [], [], Counter()
+    names, lengths, codes, contents, left_out, pieces = [""], [], [], [], Counter(), []
     for samples in ranges:
-        path = _part(parts, samples)
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                part = Measured(**{name: stored[name] for name in Measured._fields})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it and start again") from error
+        part = _load_part(_part(parts, samples))
         lengths.append(part.lengths)
         contents.append(part.contents)
         left_out.update(part.left_out.tolist())
+        pieces += [] if part.pieces is None else [part.pieces]
         found, inverse = np.unique(part.reasons, return_inverse=True)
         names += [str(reason) for reason in found if str(reason) not in names]
         codes.append(np.array([names.index(str(reason)) for reason in found], dtype=np.uint8)[inverse])
@@ -296,6 +347,9 @@ def _join(folder: Path, parts: Path, ranges: list[tuple[int, int]], description:
     write_whole(folder / LENGTHS_FILE, lambda file: np.save(file, np.concatenate(lengths)))
     write_whole(folder / REASONS_FILE, lambda file: np.save(file, np.concatenate(codes)))
     write_whole(folder / CONTENTS_FILE, lambda file: np.save(file, whole))
+    (folder / PIECES_FILE).unlink(missing_ok=True)
+    if pieces:
+        write_whole(folder / PIECES_FILE, lambda file: np.save(file, np.concatenate(pieces)))
     record = {
         "made_from": description,
         "reasons": names,

@@ -24,6 +24,7 @@ from megatron_vl.data.order import rows_for_step
 from megatron_vl.data.plan_settings import TOO_MANY_VIEWS, PlanSettings
 from megatron_vl.data.row_plan import PlannedDocument, PlannedRow, RowPlan, assign_rows
 from megatron_vl.data.rows import PlannedImage, RowBuilder
+from megatron_vl.data.turns import SplitRule
 from megatron_vl.errors import DataError
 from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
@@ -85,7 +86,7 @@ class PackedMicroBatches(Dataset):
         assert self.builder.data.seq_length == settings.seq_length
         assert not settings.packed or self.micro_batch_size == 1, "check_packing comes first"
         sizes = [len(source) for source in self.source.sources]
-        assert sizes == [len(domain.index) for domain in self.plan.domains], "one source per domain"
+        assert sizes == [domain.index.num_samples for domain in self.plan.domains], "one source per domain"
 
     @property
     def per_step(self) -> int:
@@ -123,13 +124,14 @@ class PackedMicroBatches(Dataset):
 
     def _build(self, planned: PlannedDocument) -> tuple[Row, list[PlannedImage]]:
         """A document's row and images, checked against its length index."""
-        raw = self.source.at(planned.domain, planned.index)
-        row, images = self.builder.build(raw)
+        sample, piece = self.plan.domains[planned.domain].index.part(planned.index)
+        raw = self.source.at(planned.domain, sample)
+        row, images = self.builder.build(raw, piece)
         if row.refused is not None:
             return row, images
         name = self.plan.settings.domains[planned.domain].name
         contents = self.plan.domains[planned.domain].index.contents
-        if contents is not None and contents[planned.index] != checksum(raw):
+        if contents is not None and contents[sample] != checksum(raw):
             raise DataError(
                 f"sample {row.sample_id} ({raw.source}:{raw.line}) of domain {name} is not what it was when the length "
                 "index was made; restore it, or remove the index and begin a new run"
@@ -179,7 +181,18 @@ def open_plan(
     """
     index_dir = packing.index_dir or Path(folder) / "data_index"
     indices = [
-        length_index(index_dir, domain.name, source, data, model, packing.index_workers, first, say, reading)
+        length_index(
+            index_dir,
+            domain.name,
+            source,
+            data,
+            model,
+            packing.index_workers,
+            first,
+            say,
+            reading,
+            split=SplitRule.of(packing, data.seq_length),
+        )
         for domain, source, reading in zip(
             settings.domains, sources, readings or [""] * len(sources), strict=True
         )
@@ -200,7 +213,9 @@ def order_description(plan: RowPlan) -> str:
     Two plans with the same text give every step the same rows, in any layout, as far as both reach.
     """
     settings = plan.settings
-    domains = ", ".join(f"{domain.index.name} ({len(domain.index)} samples)" for domain in plan.domains)
+    domains = ", ".join(
+        f"{domain.index.name} ({domain.index.num_samples} samples)" for domain in plan.domains
+    )
     kind = "packed" if settings.packed else "dense"
     return (
         f"{domains} with seed {settings.seed}, {settings.global_batch_size} {kind} rows of "

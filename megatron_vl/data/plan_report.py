@@ -127,12 +127,18 @@ def report_lines(plan: RowPlan, dp_size: int | None = None) -> list[str]:
     for number, phase in enumerate(phases):
         lines += _phase_lines(plan, number, phase)
     for domain in plan.domains:
-        reasons = domain.refused()
+        index, reasons = domain.index, domain.refused()
+        samples, pieces = index.split()
+        if samples:
+            lines.append(
+                f"  cut at turns in domain {index.name}: {samples:,} of {index.num_samples:,} samples, into "
+                f"{pieces:,} documents"
+            )
         if reasons:
             shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+            kind = "samples" if index.pieces is None else "documents"
             lines.append(
-                f"  refused in domain {domain.index.name}: {sum(reasons.values()):,} of {len(domain.index):,} "
-                f"samples: {shown}"
+                f"  refused in domain {index.name}: {sum(reasons.values()):,} of {len(index):,} {kind}: {shown}"
             )
         left_out = domain.index.left_out
         if left_out:
@@ -193,4 +199,8 @@ def record_of(plan: RowPlan) -> dict[str, Any]:
         "phases": [{**asdict(phase), "efficiency": phase.efficiency} for phase in phase_totals(plan)],
         "refused": {domain.index.name: domain.refused() for domain in plan.domains},
         "left_out": {domain.index.name: domain.index.left_out for domain in plan.domains},
+        "split": {
+            domain.index.name: dict(zip(("samples", "documents"), domain.index.split()))
+            for domain in plan.domains
+        },
     }

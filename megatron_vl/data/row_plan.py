@@ -27,7 +27,7 @@ WINDOWS_KEPT = 4
 
 @dataclass(frozen=True)
 class PlannedDocument:
-    """One document: sample `index` of domain number `domain`, as the length index knows it.
+    """One document: entry `index` of the length index of domain number `domain`, as the length index knows it.
 
     tokens: 0 when it is refused; then `refused` says why ("" = a good one).
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megatron_vl.config.model import ModelConfig
@@ -25,7 +26,9 @@ from megatron_vl.data.sources.locator import LocatedImage
 from megatron_vl.data.sources.record import TokenSample
 from megatron_vl.data.template import Template
 from megatron_vl.data.tokenizer import load_tokenizer
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule, cut, images_per_message
 from megatron_vl.errors import ImageRefused
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class RowBuilder:
         self.template = Template(tokenizer, model.tokens, model.vision, data.loss_on)
         self.images = image_backend(data, model)
 
-    def build(self, raw: RawLine) -> tuple[Row, list[PlannedImage]]:
+    def build(self, raw: RawLine, piece: Piece = WHOLE) -> tuple[Row, list[PlannedImage]]:
         """The row of one line and its images in order; a refused line gives an empty row with the reason.
 
+        piece: the part of a conversation that is meant (`data/turns.py`).
         Reasons: those of `parse_sample`, of the image headers (`image_checks.REASONS`), of the template, and
         too_long. A web page goes without images that cannot be used, as long as they are not too many. Raises
         DataError when ids and views of a good sample disagree, which is an error of ours.
@@ -61,6 +65,9 @@ class RowBuilder:
         try:
             sample = raw.parse()
             sample_id = sample.id
+            if piece.number:
+                sample = piece.of(sample)
+                sample_id = sample.id
             if isinstance(sample, TokenSample):
                 if len(sample.ids) < 2:
                     raise SampleRefused("no_loss_tokens", f"{len(sample.ids)} token: none has a next one")
@@ -85,6 +92,26 @@ class RowBuilder:
         vision = self.model.vision
         check_image_slots(row, self.model.tokens.im_patch, vision.global_tokens, vision.crop_tokens)
         return row, images
+
+    def pieces(self, raw: RawLine, rule: SplitRule) -> list[Piece]:
+        """How the conversation of a line is cut under a rule; [WHOLE] for anything that is not, or is refused."""
+        try:
+            sample = raw.parse()
+            if isinstance(sample, TokenSample) or not sample.messages:
+                return [WHOLE]
+            images, failed = self._plan_images(sample, raw)
+            if failed:
+                return [WHOLE]
+            plans = [image.plan for image in images]
+            costs = np.zeros((len(sample.messages), 3), dtype=np.int64)
+            costs[:, 0] = self.template.turn_tokens(sample, plans)
+        except SampleRefused:
+            return [WHOLE]
+        for number, count in enumerate(images_per_message(sample)):
+            mine, plans = plans[:count], plans[count:]
+            kinds = [kind for plan in mine for kind in plan.view_kinds]
+            costs[number, 1:] = kinds.count(GLOBAL), kinds.count(CROP)
+        return cut(sample.messages, costs, rule)
 
     def _plan_images(
         self, sample: Sample, raw: RawLine

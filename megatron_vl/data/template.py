@@ -91,14 +91,27 @@ class Template:
             writer.text("\n", scored=False)
         return writer.arrays()[0]
 
-    def _conversation(self, sample: Sample, writer: _Writer) -> None:
+    def turn_tokens(self, sample: Sample, plans: Sequence[CropPlan]) -> np.ndarray:
+        """int64 [messages]: tokens of each turn of a conversation; their sum is what `render` gives.
+
+        Raises SampleRefused (placeholder_in_text).
+        """
+        writer = _Writer(self, list(plans))
+        return np.diff(self._conversation(sample, writer), prepend=0)
+
+    def _conversation(self, sample: Sample, writer: _Writer) -> list[int]:
+        """Writes the turns; where each of them ends."""
         answers = [number for number, message in enumerate(sample.messages) if message.role == "assistant"]
         scored_answers = {"assistant": answers, "assistant_last": answers[-1:], "all_text": answers}[
             self.loss_on
         ]
         everything = self.loss_on == "all_text"
+        ends = []
         for number, message in enumerate(sample.messages):
             self._turn(writer, message, number, everything, everything or number in scored_answers)
+            writer.flush()  # a special token follows, so nothing would be merged with it
+            ends.append(len(writer.ids))
+        return ends
 
     def _turn(self, writer: _Writer, message: Message, number: int, everything: bool, scored: bool) -> None:
         self._open_turn(writer, message.role, everything)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ def load_checked_run(
     model_from: str | None = None,
     world_size: int | None = None,
     to_train: bool = False,
+    stage: Callable[[RunConfig], list[Problem]] | None = None,
 ) -> LoadedRun:
     """Reads a run and checks it: arguments as in `config.load.load_run` and `check_run`.
 
-    to_train: also ask for what a training run needs. Raises ConfigErrors with every problem at once.
+    to_train: also ask for what a training run needs. stage: rules of its stage (`plan.sft_checks`). Raises
+    ConfigErrors with every problem at once.
     """
 
     def checks(config: RunConfig) -> list[Problem]:
-        return check_run(config, world_size) + (check_ready_to_train(config) if to_train else [])
+        problems = check_run(config, world_size) + (check_ready_to_train(config) if to_train else [])
+        return problems + (stage(config) if stage else [])
 
     return load_run(path, overrides, model_from, checks)
 
@@ -55,6 +58,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
         ),
         *check_images(config.data, config.parallel),
         *check_attention(config.model.text, config.parallel, config.data.packing),
+        *_overlong(config.data),
         *_device(config),
         *check_rl(config.rl),
         *_length_and_schedule(config),
@@ -295,6 +299,16 @@ def _row_length(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]
             data.seq_length,
             f"must be a multiple of {' x '.join(reasons)} = {multiple}",
             f"choose {below}{above}",
+        )
+
+
+def _overlong(data: DataConfig) -> Iterator[Problem]:
+    if data.packing.overlong == "split_turns" and data.loss_on == "assistant_last":
+        yield Problem(
+            "data.packing.overlong",
+            "split_turns",
+            "with data.loss_on = assistant_last only the last piece of a conversation may be learnt from",
+            "choose refuse, or data.loss_on assistant",
         )
 
 

@@ -30,7 +30,7 @@ def check_packing(
 ) -> list[Problem]:
     """Everything that makes packing impossible in a layout."""
     if not packing.enabled:
-        return []
+        return [*_overlong_needs(packing)]
     problems = []
     needed = row_multiple(
         parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.sequence_parallel
@@ -67,6 +67,16 @@ def check_packing(
             )
         )
     return problems
+
+
+def _overlong_needs(packing: PackingConfig) -> Iterator[Problem]:
+    if packing.overlong != "refuse":
+        yield Problem(
+            "data.packing.overlong",
+            packing.overlong,
+            "only packed rows hold pieces of a conversation, but data.packing.enabled = false",
+            "set data.packing.enabled true, or choose refuse",
+        )
 
 
 def _domains(domains: Sequence[DomainConfig]) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from megatron_vl.config.schema import LrPhase, RunConfig
 from megatron_vl.plan.budget import num_microbatches, tokens_per_step, total_steps, total_tokens
 from megatron_vl.plan.cost import parameters, sample_flops, tower_and_decoder, train_flops, view_flops
 from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.memory import memory_of_stage
 from megatron_vl.plan.shares import bytes_of_stage, parameters_of_stage
 from megatron_vl.plan.stages import plan_stages
 from megatron_vl.plan.vision_share import CROP, GLOBAL
@@ -29,6 +30,7 @@ def report(loaded: LoadedRun, world_size: int) -> list[str]:
         flop_lines(config),
         layout_lines(config, layout),
         stage_lines(config, layout),
+        memory_lines(config, layout),
     )
     return [line for block in blocks for line in (*block, "")][:-1]
 
@@ -134,6 +136,8 @@ def layout_lines(config: RunConfig, layout: Layout) -> list[str]:
     steps, tokens = total_steps(config), total_tokens(config)
     if steps is not None:
         lines.append(f"  run: {steps:,} steps, {tokens:,} tokens")
+    if config.schedule.warmup_tokens:
+        lines.append(f"  warm-up: {config.schedule.warmup_tokens / tokens_per_step(config):,.1f} steps")
     grid = layout.grid()
     lines.append("  ranks, one [group] of tensor-parallel ranks for each context-parallel rank:")
     lines += [f"    {line}" for line in grid[:GRID_LINES]]
@@ -146,11 +150,7 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
     """Decoder layers and marks of each stage, with parameters and bytes on each of its ranks."""
     model, parallel = config.model, config.parallel
     stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers)
-    single = (
-        config.precision.params == "fp32" or config.precision.params == "auto" and parallel.device == "cpu"
-    )
-    weight_bytes = 4 if single else 2
-    number_format = "fp32" if single else "bf16"
+    weight_bytes, number_format = weight_format(config)
     lines = [f"Stages, and bytes per rank for weights ({number_format}), gradients and optimizer"]
     for chunks in stages:
         held = sum(parameters_of_stage(model, layout, chunks).values())
@@ -160,6 +160,31 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
             tail = f"{held:>16,} parameters {_bytes(memory.total):>10}" if chunk is chunks[0] else ""
             lines.append(f"  {name:<8}  {chunk!s:<48}{tail}".rstrip())
     return lines
+
+
+def memory_lines(config: RunConfig, layout: Layout) -> list[str]:
+    """Planned bytes per rank of each stage at the height of a step (`plan.memory`)."""
+    parallel = config.parallel
+    stages = plan_stages(
+        config.model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers
+    )
+    planned = [memory_of_stage(config, layout, chunks, weight_format(config)[0]) for chunks in stages]
+    globals_, crops = planned[0].views
+    lines = [
+        f"Memory per rank at the height of a step, planned for rows of {globals_} global views and {crops} crops",
+        f"  {'':<6}{'states':>12}{'decoder':>12}{'tower':>12}{'loss':>12}{'total':>12}",
+    ]
+    for rank, need in enumerate(planned):
+        cells = (need.states, need.decoder, need.tower, need.loss, need.total)
+        lines.append(f"  pp{rank:<4}" + "".join(f"{_bytes(cell):>12}" for cell in cells))
+    lines.append("  (states: weights, gradients, optimizer; without the CUDA context and NCCL's buffers)")
+    return lines
+
+
+def weight_format(config: RunConfig) -> tuple[int, str]:
+    """Bytes of a weight, and the name of its format."""
+    params, on_cpu = config.precision.params, config.parallel.device == "cpu"
+    return (4, "fp32") if params == "fp32" or params == "auto" and on_cpu else (2, "bf16")
 
 
 def _value_rows(name: str, value: Any, origin: str) -> Iterator[tuple[str, str, str]]:

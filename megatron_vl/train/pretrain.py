@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import Problem
 from megatron_vl.parallel.heartbeat import Heartbeat, Phase, slow_seconds
 from megatron_vl.parallel.launch import STOPPED, launched, read_environment, run_local
 from megatron_vl.plan.checks import load_checked_run
@@ -17,21 +18,35 @@ from megatron_vl.train.faults import StopRequest
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check the run before anything is launched, then launch the ranks or be one of them."""
-    arguments = parse(argv)
+    """``pretrain`` from the command line."""
+    return start("pretrain", "Pre-train a model.", argv)
+
+
+def start(
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    checks: Callable[[RunConfig], list[Problem]] | None = None,
+) -> int:
+    """Check the run before anything is launched, then launch the ranks or be one of them.
+
+    command: of ``python -m megatron_vl``, which the ranks run too. checks: what this stage asks beyond
+    ``plan.checks.check_ready_to_train``. Returns the exit code.
+    """
+    arguments = parse(command, description, argv)
     world_size = read_environment().world_size if launched() else arguments.nproc
-    loaded = load_checked_run(arguments.config, arguments.overrides, None, world_size, to_train=True)
+    loaded = load_checked_run(arguments.config, arguments.overrides, None, world_size, True, checks)
     config = loaded.config
     layout = Layout.from_config(config.parallel, world_size)
     if arguments.nproc > 1 and not launched():
-        command = [sys.executable, "-m", "megatron_vl", "pretrain", *argv]
-        return run_local(command, layout, beats_folder(config), stop_seconds(config))
-    return pretrain(loaded, layout)
+        ranks = [sys.executable, "-m", "megatron_vl", command, *argv]
+        return run_local(ranks, layout, beats_folder(config), stop_seconds(config))
+    return train_on_rank(loaded, layout)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of ``pretrain``."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_vl pretrain", description="Pre-train a model.")
+def parse(command: str, description: str, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a training stage."""
+    parser = argparse.ArgumentParser(prog=f"python -m megatron_vl {command}", description=description)
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="values that replace the file's"
@@ -50,7 +65,7 @@ def stop_seconds(config: RunConfig) -> float:
     return config.checkpoint.timeout_seconds + 2 * config.parallel.timeout_seconds
 
 
-def pretrain(loaded: LoadedRun, layout: Layout) -> int:
+def train_on_rank(loaded: LoadedRun, layout: Layout) -> int:
     """Be one rank of the run: start, build, resume if there is something to resume, train, stop.
 
     Returns the exit code: 0 at the end of the run, 75 when it was stopped and may be started again.

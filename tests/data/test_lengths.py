@@ -94,11 +94,11 @@ def test_worker_processes_give_the_same_with_progress(data, tmp_path):
 def test_a_stopped_build_goes_on(data, tmp_path, monkeypatch):
     measured, whole = [], lengths_build.measure
 
-    def stops(source, builder, start, stop):
+    def stops(source, builder, start, stop, split):
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(start)
-        return whole(source, builder, start, stop)
+        return whole(source, builder, start, stop, split)
 
     monkeypatch.setattr(lengths_build, "measure", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_a_stopped_build_goes_on(data, tmp_path, monkeypatch):
     description = made_from(JsonlSource(data.train), index_builder(data, MODEL))
     assert open_index(folder_of(tmp_path), "web/a b", description) is None
     later, lines = [], []
-    monkeypatch.setattr(lengths_build, "measure", lambda *a: later.append(a[2]) or whole(*a))
+    monkeypatch.setattr(lengths_build, "measure", lambda *a, split: later.append(a[2]) or whole(*a))
     index = build(data, tmp_path, chunk=8, say=lines.append)
     assert (measured, later) == ([0, 8, 16], [24, 32]) and "24 of 40 samples were measured before" in lines[0]
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_a_stopped_build_goes_on(data, tmp_path, monkeypatch):
 
 def test_a_stopped_build_of_other_data_starts_anew(data, tmp_path, monkeypatch):
     whole = lengths_build.measure
-    monkeypatch.setattr(lengths_build, "measure", lambda *a: whole(*a) if a[2] < 16 else 1 / 0)
+    monkeypatch.setattr(lengths_build, "measure", lambda *a, split: whole(*a) if a[2] < 16 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(data, tmp_path, chunk=8)
     monkeypatch.undo()
@@ -205,7 +205,7 @@ def test_two_processes_build_one_index(data, tmp_path, monkeypatch):
     other = subprocess.Popen([*command, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     mine, whole = [], lengths_build.measure
 
-    def slowly(source, builder, start, stop):
+    def slowly(source, builder, start, stop, split):
         time.sleep(0.2)
         mine.append(stop - start)
         return whole(source, builder, start, stop)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.plan.checks import load_checked_run
+from megatron_vl.plan.sft_checks import check_sft
 from tests.slurm.local_slurm import LocalSlurm
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,9 @@ def test_the_promised_files_are_there():
         "examples/pretrain/16_nodes.sbatch",
         "examples/pretrain/1_node.sbatch",
         "examples/quickstart/quickstart.sbatch",
-        "examples/sft/sft_128k.sbatch",
+        "examples/sft/8gpu.sbatch",
+        "examples/sft/stage1.sbatch",
+        "examples/sft/stage2.sbatch",
     ]
 
 
@@ -137,11 +140,12 @@ def test_the_launch_is_the_same_in_all():
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_the_run_would_start(path, tmp_path, monkeypatch):
     """The command that srun gets: its options, and the run checked as it would be before the launch."""
-    for name in ("train.jsonl", "heldout.jsonl", "tokenizer.json"):
+    for name in ("train.jsonl", "heldout.jsonl", "sft_text.jsonl", "sft_multimodal.jsonl", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "Step3-VL-10B").mkdir()
+    (tmp_path / "runs" / "sft_stage1").mkdir(parents=True)
     data = tmp_path / "runs" / "quickstart" / "data"
-    data.mkdir(parents=True)
+    data.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl", "heldout.jsonl", "tokenizer.model"):
         (data / name).write_text("{}")
     process = start(path, tmp_path, "train.log_interval=7")
@@ -154,10 +158,12 @@ def test_the_run_would_start(path, tmp_path, monkeypatch):
     per_node = next(int(word.split("=")[1]) for word in words if word.startswith("--nproc-per-node="))
     assert per_node == (int(options(path)["gpus-per-node"]) if "gpus-per-node" in options(path) else 2)
     start_of_run = words.index("-m")
-    assert words[start_of_run + 1 : start_of_run + 3] == ["megatron_vl", "pretrain"]
+    stage = "sft" if path.parent.name == "sft" else "pretrain"
+    assert words[start_of_run + 1 : start_of_run + 3] == ["megatron_vl", stage]
     config, *overrides = words[start_of_run + 3 :]
     monkeypatch.chdir(tmp_path)
-    loaded = load_checked_run(config, overrides, None, int(nodes) * per_node, to_train=True)
+    checks = check_sft if stage == "sft" else None
+    loaded = load_checked_run(config, overrides, None, int(nodes) * per_node, True, checks)
     assert loaded.config.train.log_interval == 7
     assert (tmp_path / loaded.config.run_dir / "started").exists()
 

@@ -46,7 +46,7 @@ def prepared(loaded: LoadedRun) -> Iterator[Run]:
 
 
 def pretrain(loaded: LoadedRun) -> Trained:
-    """`train.pretrain.pretrain` as far as it goes inside a world: prepare, resume, train."""
+    """`train.pretrain.train_on_rank` as far as it goes inside a world: prepare, resume, train."""
     with contextlib.redirect_stdout(io.StringIO()) as printed, prepared(loaded) as run:
         samples: list[list[str]] = []
         plain = run.feed.settle

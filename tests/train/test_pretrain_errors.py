@@ -22,7 +22,7 @@ def nothing_starts(monkeypatch):
         raise AssertionError("ranks were started")
 
     monkeypatch.setattr(pretrain, "run_local", started)
-    monkeypatch.setattr(pretrain, "pretrain", started)
+    monkeypatch.setattr(pretrain, "train_on_rank", started)
     monkeypatch.setattr(launch.subprocess, "Popen", started)
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)

@@ -10,6 +10,7 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.data.draw.row import DrawnRow, describe_row
 from megatron_vl.data.jsonl import JsonlSource, RawLine
 from megatron_vl.data.lengths import Source
+from megatron_vl.data.lengths_build import index_builder
 from megatron_vl.data.loader import MicroBatches, Place
 from megatron_vl.data.order import SampleOrder, rows_for_step
 from megatron_vl.data.packed import DomainSources, PackedMicroBatches
@@ -17,6 +18,7 @@ from megatron_vl.data.plan_settings import training_domains
 from megatron_vl.data.row_plan import PlannedRow, assign_rows
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.data.training import files_folder, is_planned, open_domain, open_domains, plan_of
+from megatron_vl.data.turns import WHOLE, Piece, SplitRule
 from megatron_vl.errors import DataError
 from megatron_vl.plan.budget import total_steps
 from megatron_vl.plan.layout import Layout
@@ -107,9 +109,10 @@ def packed_place(rows: list[PlannedRow], row: int, dp: int) -> tuple[int, int]:
 
 def find_sample(
     config: RunConfig, domain: str | None, index: int | None, sample_id: str | None, say: Say
-) -> tuple[RawLine, str]:
+) -> tuple[RawLine, Piece, str]:
     """Sample number `index` (from 0), or the first of that id, of a domain (None = the first); and the domain's name.
 
+    Where the run cuts conversations, an id may be that of a piece (`id#1`); otherwise the piece is the whole sample.
     An id is searched by reading the domain from its beginning. Nothing is written: indexes of files are used where
     the run has made them. Raises DataError when there is no such sample.
     """
@@ -121,23 +124,36 @@ def find_sample(
     folder = files_folder(config)
     source = open_domain(chosen, config, str(folder) if folder.is_dir() else None, say)
     try:
-        return _sample_of(source, chosen.name, index, sample_id), chosen.name
+        raw, piece = _sample_of(source, chosen.name, index, sample_id, config)
+        return raw, piece, chosen.name
     finally:
         source.close()
 
 
-def _sample_of(source: Source, domain: str, index: int | None, sample_id: str | None) -> RawLine:
+def _sample_of(
+    source: Source, domain: str, index: int | None, sample_id: str | None, config: RunConfig
+) -> tuple[RawLine, Piece]:
     if sample_id is None:
         index = index or 0
         if not 0 <= index < len(source):
             raise DataError(
                 f"sample {index}: domain {domain} has {len(source)} samples, counted from 0; give one of them"
             )
-        return source[index]
+        return source[index], WHOLE
+    whole_id, _, piece_number = sample_id.rpartition("#")
+    cut_one = None
     for number in range(len(source)):
         raw = source[number]
-        if _id_of(raw) == sample_id:
-            return raw
+        found = _id_of(raw)
+        if found == sample_id:
+            return raw, WHOLE
+        if cut_one is None and whole_id and found == whole_id:
+            cut_one = raw
+    rule = SplitRule.of(config.data.packing, config.data.seq_length)
+    if cut_one is not None and rule is not None:
+        for piece in index_builder(config.data, config.model).pieces(cut_one, rule):
+            if str(piece.number) == piece_number and piece != WHOLE:
+                return cut_one, piece
     raise DataError(
         f"sample {sample_id}: none of the {len(source)} samples of domain {domain} has this id; check its spelling"
     )

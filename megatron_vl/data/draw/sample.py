@@ -16,7 +16,9 @@ from megatron_vl.data.draw.shapes import Tile
 from megatron_vl.data.draw.stream import Piece, token_pieces
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.lengths_build import index_builder
-from megatron_vl.data.rows import PlannedImage
+from megatron_vl.data.rows import PlannedImage, RowBuilder
+from megatron_vl.data.turns import WHOLE, SplitRule
+from megatron_vl.data.turns import Piece as Part
 from megatron_vl.errors import ImageRefused
 
 _MOST_RAW_BYTES = 2000
@@ -47,7 +49,8 @@ class DrawnImage:
 class DrawnSample:
     """A sample. refused: why nothing of it is learnt; one that is only too long still has its pieces.
 
-    raw: the beginning of its record as it stands in the data, shown where there are no pieces.
+    raw: the beginning of its record as it stands in the data, shown where there are no pieces. cut_into: ids of the
+    documents that a conversation which no row takes is trained on as (data.packing.overlong).
     """
 
     id: str
@@ -56,10 +59,20 @@ class DrawnSample:
     pieces: tuple[Piece, ...]
     images: tuple[DrawnImage, ...]
     raw: str
+    cut_into: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         return f"{self.id}  ({self.place})"
+
+    @property
+    def notes(self) -> list[str]:
+        """What becomes of it, if it is not simply learnt from as it is."""
+        notes = [f"REFUSED {self.refused.reason}: {self.refused.detail}"] if self.refused else []
+        if self.cut_into:
+            first, last = self.cut_into[0], self.cut_into[-1]
+            notes.append(f"cut at turns into {len(self.cut_into)} documents, {first} to {last}")
+        return notes
 
     @property
     def counts(self) -> str:
@@ -71,13 +84,17 @@ class DrawnSample:
 
 
 def describe_sample(
-    raw: RawLine, domain: str, config: RunConfig
+    raw: RawLine, domain: str, config: RunConfig, part: Part = WHOLE
 ) -> tuple[DrawnSample, Sequence[PlannedImage]]:
-    """The sample and its planned images, in order. Every image is decoded once, since headers do not show all."""
+    """The sample, or a part of it, and its planned images, in order.
+
+    Every image is decoded once, since headers do not show all.
+    """
     builder = index_builder(config.data, config.model)
-    row, planned = builder.build(raw)
+    row, planned = builder.build(raw, part)
     refused = row.refused
-    if refused is None and len(row.ids) > config.data.seq_length:
+    cut_into = _cut_into(builder, raw, row.sample_id, config) if part == WHOLE and refused is None else ()
+    if refused is None and not cut_into and len(row.ids) > config.data.seq_length:
         detail = f"{len(row.ids)} tokens, data.seq_length = {config.data.seq_length}"
         refused = BadSample(row.sample_id, raw.source, raw.line, "too_long", detail)
     vision = config.model.vision
@@ -96,7 +113,14 @@ def describe_sample(
     pieces = token_pieces(row.ids, row.labels, config.model.tokens, builder.template.tokenizer)
     place = f"domain {domain}, {raw.source}:{raw.line}"
     text = raw.data[:_MOST_RAW_BYTES].decode("utf-8", "backslashreplace")
-    return DrawnSample(row.sample_id, place, refused, tuple(pieces), tuple(images), text), planned
+    return DrawnSample(row.sample_id, place, refused, tuple(pieces), tuple(images), text, cut_into), planned
+
+
+def _cut_into(builder: RowBuilder, raw: RawLine, sample_id: str, config: RunConfig) -> tuple[str, ...]:
+    """Ids of the pieces that the run makes of a sample, none when it stays whole."""
+    rule = SplitRule.of(config.data.packing, config.data.seq_length)
+    pieces = [] if rule is None else builder.pieces(raw, rule)
+    return tuple(piece.name(sample_id) for piece in pieces if piece != WHOLE)
 
 
 class Views:
@@ -124,9 +148,7 @@ class Views:
 
 def sample_lines(sample: DrawnSample) -> list[str]:
     """The sample for the console: one line per piece, scored ones marked."""
-    lines = [sample.title]
-    if sample.refused:
-        lines.append(f"REFUSED {sample.refused.reason}: {sample.refused.detail}")
+    lines = [sample.title, *sample.notes]
     lines += [f"image {number}: {image.summary}" for number, image in enumerate(sample.images)]
     if not sample.pieces:
         return [*lines, "", sample.raw]

@@ -23,8 +23,8 @@ def lay_out_sample(sample: DrawnSample, measure: Callable[[str, int], int] = tex
     """The picture of a sample. measure: pixels that a text of a size takes."""
     shapes: list[Shape] = [Words(LEFT, TOP, sample.title, size=18)]
     y = TOP + 28
-    if sample.refused:
-        for line in _broken(f"REFUSED {sample.refused.reason}: {sample.refused.detail}", measure):
+    for note in sample.notes:
+        for line in _broken(note, measure):
             shapes.append(Words(LEFT, y, line, TEXT_SIZE, "refused"))
             y += HEAD_LINE
     if sample.pieces:

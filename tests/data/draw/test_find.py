@@ -8,9 +8,11 @@ from megatron_vl.config.mixture import DomainConfig, PackingConfig
 from megatron_vl.config.schema import RunConfig, TrainConfig
 from megatron_vl.data.bad_samples import BadSampleLog
 from megatron_vl.data.draw.find import dense_place, find_row, find_sample
+from megatron_vl.data.draw.sample import describe_sample, sample_lines
 from megatron_vl.data.loader import Place
 from megatron_vl.data.order import rows_for_step
 from megatron_vl.data.training import training_loader
+from megatron_vl.data.turns import WHOLE
 from megatron_vl.errors import DataError
 from megatron_vl.plan.layout import Layout
 from tests.data.tiny import MODEL, chat, make_data, write_jsonl
@@ -79,9 +81,9 @@ def test_a_row_that_is_not_there(run, step, row):
 
 def test_samples_by_number_and_by_id(run):
     assert find_sample(run, None, 7, None, quiet)[0].parse().id == "s7"
-    raw, domain = find_sample(run, "train", None, "s31", quiet)
+    raw, _, domain = find_sample(run, "train", None, "s31", quiet)
     assert (raw.parse().id, domain) == ("s31", "train") and raw.line == 32
-    broken, _ = find_sample(run, None, None, "train.jsonl:61", quiet)
+    broken, *_ = find_sample(run, None, None, "train.jsonl:61", quiet)
     assert broken.data == b"{broken"
     with pytest.raises(DataError, match="sample 61: domain train has 61 samples"):
         find_sample(run, None, 61, None, quiet)
@@ -89,3 +91,31 @@ def test_samples_by_number_and_by_id(run):
         find_sample(run, None, None, "nobody", quiet)
     with pytest.raises(DataError, match="domain web: the run has train"):
         find_sample(run, "web", 0, None, quiet)
+
+
+def test_pieces_of_a_conversation(run, tmp_path):
+    """A cut sample says into what; each piece is found by its id, is in a row under it, and shows its own turns."""
+    turns = [("user", "What colour? " * 4), ("assistant", "red")] * 6
+    long = {"id": "a", "messages": [{"role": role, "content": text} for role, text in turns]}
+    path = write_jsonl(tmp_path / "cut.jsonl", [chat("What?", "red", id=f"s{n}") for n in range(6)] + [long])
+    packing = replace(PACKED, overlong="split_turns")
+    config = replace(with_(run, train=[path], packing=packing), run_dir=str(tmp_path / "run"))
+    raw, piece, domain = find_sample(config, None, 6, None, quiet)
+    whole, _ = describe_sample(raw, domain, config, piece)
+    names = whole.cut_into
+    assert piece == WHOLE and whole.refused is None and names[:2] == ("a#1", "a#2")
+    assert f"cut at turns into {len(names)} documents, a#1 to a#{len(names)}" in sample_lines(whole)
+    lengths = {}
+    for name in names:
+        raw, piece, _ = find_sample(config, None, None, name, quiet)
+        part, _ = describe_sample(raw, domain, config, piece)
+        assert part.id == name and part.refused is None and not part.cut_into
+        lengths[name] = sum(piece.count for piece in part.pieces)
+    assert sum(lengths.values()) == sum(piece.count for piece in whole.pieces)
+    rows = [find_row(config, Layout(), step, row, quiet) for step in range(4) for row in range(SIZE)]
+    drawn = {d.sample_id: d.length for row in rows for d in row.documents}
+    assert {name: drawn[name] for name in names} == lengths and "a" not in drawn
+    with pytest.raises(DataError, match="has this id"):
+        find_sample(config, None, None, f"a#{len(names) + 1}", quiet)
+    refusing = replace(config, data=replace(config.data, packing=PACKED))
+    assert describe_sample(raw, domain, refusing)[0].refused.reason == "too_long"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,24 @@ import yaml
 from tests.train.processes import Command, pretrain
 from tests.train.tiny_run import make_files, read_lines, write_config
 
-STEPS = 40  # of pre-training: enough that answers end, too few that they are right
+STEPS = 70  # of pre-training: enough that answers end and some are right
+KEYS = [
+    f"train.train_steps={STEPS}",
+    "schedule.phases=[{tokens: 36000, lr_start: 0.004, lr_end: 0.001}]",
+    "schedule.warmup_tokens=2000",
+]
 
 
-def prepare_files(folder: Path) -> Path:
+def with_processes(config: Path) -> None:
+    """Pre-train in a process of its own."""
+    command = pretrain(config.parent, config, 1, *KEYS)
+    assert command.wait(300) == 0, command.output
+
+
+def prepare_files(folder: Path, train: Callable[[Path], object] = with_processes) -> Path:
     """Pictures, conversations and the checkpoint of a short pre-training run in ``folder``."""
     make_files(folder, samples=24, heldout=6)
-    config = write_config(folder, folder / "first", train_steps=STEPS)
-    command = pretrain(folder, config, 1)
-    assert command.wait(300) == 0, command.output
+    train(write_config(folder, folder / "first"))
     for split in ("train", "eval"):
         records = [with_task(record) for record in read_lines(folder / f"{split}.jsonl")]
         (folder / f"{split}_prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -61,7 +61,8 @@ def test_frozen_means_frozen_and_features_are_computed_once(whole):
     folder, seen = whole
     assert seen.vision[0] == seen.vision[1] and not seen.vision_is_optimized
     prompts = [r for split in ("train", "eval") for r in read_lines(folder.parent / f"{split}_prompts.jsonl")]
-    image_of = {r["id"]: r["images"][0] for r in prompts if "images" in r}
+    parts = {r["id"]: r["messages"][0]["content"][0] for r in prompts}
+    image_of = {name: part["image"] for name, part in parts.items() if part["type"] == "image"}
     asked = {sample[0] for part in trained_samples(folder) for sample in part} | {f"eval{n}" for n in range(6)}
     last = read_lines(folder / "metrics.jsonl")[-2]
     assert last["features/computed"] == len({image_of[name] for name in asked if name in image_of}) >= 6

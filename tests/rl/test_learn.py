@@ -64,7 +64,7 @@ def test_off_policy_steps_start_at_ratio_one_and_leave_it(world):
 
 def test_advantages_have_mean_zero_and_deviation_one_over_the_iteration(world):
     """Over all mini-batches and ranks; the critic begins with V near 0, so returns are rewards."""
-    for layout in ("1", "dp2cp2tp2sp"):
+    for layout in ("1", "dp2"):
         (seen, *_) = iterations(world, layout, packed=False)
         steps = [step.metrics for step in seen.learnt[0].actor]
         count = sum(m["tokens"] for m in steps)

@@ -15,10 +15,10 @@ def main() -> None:
     index_dir, train, tokenizer, root = sys.argv[1:]
     measured, whole = [], lengths_build.measure
 
-    def slowly(source, builder, start, stop):
+    def slowly(source, builder, start, stop, split):
         time.sleep(0.2)
         measured.append(stop - start)
-        return whole(source, builder, start, stop)
+        return whole(source, builder, start, stop, split)
 
     lengths_build.measure = slowly
     data = DataConfig(train=[train], data_root=root, tokenizer=tokenizer, seq_length=96, num_workers=0)

@@ -208,7 +208,7 @@ def test_two_processes_build_one_index(data, tmp_path, monkeypatch):
     def slowly(source, builder, start, stop, split):
         time.sleep(0.2)
         mine.append(stop - start)
-        return whole(source, builder, start, stop)
+        return whole(source, builder, start, stop, split)
 
     monkeypatch.setattr(lengths_build, "measure", slowly)
     while not (tmp_path / "ready").exists():

@@ -63,7 +63,9 @@ def test_frozen_means_frozen_and_features_are_computed_once(whole):
     prompts = [r for split in ("train", "eval") for r in read_lines(folder.parent / f"{split}_prompts.jsonl")]
     parts = {r["id"]: r["messages"][0]["content"][0] for r in prompts}
     image_of = {name: part["image"] for name, part in parts.items() if part["type"] == "image"}
-    asked = {sample[0] for part in trained_samples(folder) for sample in part} | {f"eval{n}" for n in range(6)}
+    asked = {sample[0] for part in trained_samples(folder) for sample in part} | {
+        f"eval{n}" for n in range(6)
+    }
     last = read_lines(folder / "metrics.jsonl")[-2]
     assert last["features/computed"] == len({image_of[name] for name in asked if name in image_of}) >= 6
 

@@ -29,6 +29,7 @@ from megatron_vl.data.template import NOT_SCORED
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel.runtime import choose_device, start
 from megatron_vl.parity.layouts import NamedLayout
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.vision_share import CROP, share_views
 from megatron_vl.train.build import build
@@ -109,7 +110,8 @@ def micro_batch(spec: LongRow, model: ModelConfig, layout: Layout, rank: int) ->
     coords = layout.coords(rank)
     if coords.pp != 0:
         return batch
-    mine = share_views(batch.view_kinds, layout.vision_size)[layout.vision_rank(coords)]
+    shares = share_views(batch.view_kinds, layout.vision_size, view_costs(model))
+    mine = shares[layout.vision_rank(coords)]
     crops = [v for v in mine if batch.view_kinds[v] == CROP]
     whole = [v for v in mine if batch.view_kinds[v] != CROP]
     return replace(

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # PYTHON=/path/to/python3.11 chooses the interpreter; by default tools/setup_env.sh finds one.
 export PYTHON
 
-.PHONY: help setup quickstart sft-quickstart test test-all lint clean
+.PHONY: help setup quickstart sft-quickstart rl-quickstart test test-all lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -29,6 +29,9 @@ quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score 
 sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 CPU ranks, score it (about 8 minutes)
 	@$(PY) examples/sft/quickstart/sft_quickstart.py $(ARGS)
 
+rl-quickstart: $(STAMP) ## reinforce the quickstart's model by verified rewards (PPO with a critic) on 2 CPU ranks
+	@$(PY) examples/rl/rl_quickstart.py $(ARGS)
+
 test: $(STAMP) ## the tests of every change: no GPU, within 15 minutes on 2 cores
 	@$(PY) -m pytest -m 'not gpu and not slow' -rs --durations=15 $(ARGS)
 
@@ -39,5 +42,5 @@ lint: $(STAMP) ## ruff, if installed: .venv/bin/pip install ruff
 	@$(PY) -m ruff check .
 
 clean: ## remove .venv, caches and the quickstarts' runs
-	rm -rf $(VENV) runs/quickstart runs/sft_quickstart build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs/quickstart runs/sft_quickstart runs/rl_quickstart build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

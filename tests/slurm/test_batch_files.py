@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.sft_checks import check_sft
+from megatron_vl.rl.command import load as load_rl
 from tests.slurm.local_slurm import LocalSlurm
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,7 @@ def test_the_promised_files_are_there():
         "examples/pretrain/16_nodes.sbatch",
         "examples/pretrain/1_node.sbatch",
         "examples/quickstart/quickstart.sbatch",
+        "examples/rl/rlvr.sbatch",
         "examples/sft/8gpu.sbatch",
         "examples/sft/stage1.sbatch",
         "examples/sft/stage2.sbatch",
@@ -140,10 +142,12 @@ def test_the_launch_is_the_same_in_all():
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_the_run_would_start(path, tmp_path, monkeypatch):
     """The command that srun gets: its options, and the run checked as it would be before the launch."""
-    for name in ("train.jsonl", "heldout.jsonl", "sft_text.jsonl", "sft_multimodal.jsonl", "tokenizer.json"):
+    for name in ("train.jsonl", "heldout.jsonl", "sft_text.jsonl", "sft_multimodal.jsonl", "tokenizer.json",
+                 "rlvr_prompts.jsonl"):  # fmt: skip
         (tmp_path / name).write_text("{}")
     (tmp_path / "Step3-VL-10B").mkdir()
-    (tmp_path / "runs" / "sft_stage1").mkdir(parents=True)
+    for name in ("sft_stage1", "sft_stage2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
     data = tmp_path / "runs" / "quickstart" / "data"
     data.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl", "heldout.jsonl", "tokenizer.model"):
@@ -158,12 +162,16 @@ def test_the_run_would_start(path, tmp_path, monkeypatch):
     per_node = next(int(word.split("=")[1]) for word in words if word.startswith("--nproc-per-node="))
     assert per_node == (int(options(path)["gpus-per-node"]) if "gpus-per-node" in options(path) else 2)
     start_of_run = words.index("-m")
-    stage = "sft" if path.parent.name == "sft" else "pretrain"
+    stage = path.parent.name if path.parent.name in ("sft", "rl") else "pretrain"
     assert words[start_of_run + 1 : start_of_run + 3] == ["megatron_vl", stage]
     config, *overrides = words[start_of_run + 3 :]
     monkeypatch.chdir(tmp_path)
-    checks = check_sft if stage == "sft" else None
-    loaded = load_checked_run(config, overrides, None, int(nodes) * per_node, True, checks)
+    ranks = int(nodes) * per_node
+    if stage == "rl":
+        loaded = load_rl(config, overrides, ranks)
+    else:
+        checks = check_sft if stage == "sft" else None
+        loaded = load_checked_run(config, overrides, None, ranks, True, checks)
     assert loaded.config.train.log_interval == 7
     assert (tmp_path / loaded.config.run_dir / "started").exists()
 

@@ -15,6 +15,7 @@ from megatron_vl.checkpoint.saver import Saver
 from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.config.dump import to_yaml
 from megatron_vl.config.schema import CheckpointConfig, RunConfig
+from megatron_vl.errors import DataError
 from megatron_vl.parallel.runtime import Runtime, choose_device, start
 from megatron_vl.rl.build import ACTOR, CRITIC, Models, build_models
 from megatron_vl.rl.learn import Learnt, learn
@@ -85,6 +86,18 @@ def iterations_on_rank(
     seen.trained = sorted({names[id(main.parameter)] for main in mains(models.actor.optimizer)})
     seen.critic_names = [n for chunk in models.critic.chunks for n, _ in chunk.module.named_parameters()]
     return seen
+
+
+def refused_on_rank(config: RunConfig, trajectories: Sequence[Trajectory]) -> tuple[str, bool]:
+    """The error of an iteration, and whether it came before anything was changed. One rank."""
+    models = models_of(config)
+    before = state_of(models)
+    try:
+        learn(models, trajectories, 0, VERSION, features_of)
+    except DataError as error:
+        after = state_of(models)
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    return "", False
 
 
 def state_of(models: Models) -> dict[str, torch.Tensor]:

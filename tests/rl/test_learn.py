@@ -10,7 +10,13 @@ from megatron_vl.checkpoint.weights import CheckpointWeights
 from megatron_vl.config.rl import ActorConfig, CriticConfig, PpoConfig, RlConfig, RolloutConfig
 from megatron_vl.rl.learn import actor_learns, actor_rate, critic_rate
 from tests.rl.faults import FaultyWorld
-from tests.rl.learning import iterations_on_rank, metrics_after, saved_on_rank, turns_on_rank
+from tests.rl.learning import (
+    iterations_on_rank,
+    metrics_after,
+    refused_on_rank,
+    saved_on_rank,
+    turns_on_rank,
+)
 from tests.rl.made import make_trajectories, run_of
 
 TRAJECTORIES = make_trajectories()
@@ -41,8 +47,9 @@ def test_strict_ratio_is_exactly_one_and_nothing_is_clipped(world):
 def test_strict_refuses_samples_of_other_weights(world):
     other = replace(TRAJECTORIES[5], response=replace(TRAJECTORIES[5].response, weight_version="weights-0"))
     mixed = [*TRAJECTORIES[:5], other, *TRAJECTORIES[6:]]
-    with pytest.raises(Exception, match="p5/0 by weights-0"):
-        iterations(world, ppo=STRICT, trajectories=mixed)
+    config, _ = run_of("1", ppo=STRICT, **FAST)
+    message, untouched = world.run(1, refused_on_rank, config, mixed)[0]
+    assert "1 of 10 trajectories" in message and "p5/0 by weights-0" in message and untouched
     (seen,) = iterations(world, trajectories=mixed)
     assert seen.learnt[0].counts["stale"] == 1
 

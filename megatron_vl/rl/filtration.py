@@ -13,12 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from megatron_vl.config.load import LoadedRun
 from megatron_vl.errors import ConfigError
-from megatron_vl.parallel.heartbeat import Heartbeat, Phase, slow_seconds
-from megatron_vl.parallel.launch import STOPPED, launched, read_environment, run_local
+from megatron_vl.parallel.heartbeat import Phase
+from megatron_vl.parallel.launch import launched, read_environment, run_local
 from megatron_vl.plan.layout import Layout
 from megatron_vl.rl.acceptance import Acceptance, by_prompt, keeps
 from megatron_vl.rl.collect import Collected, Scored, collect
@@ -27,7 +29,10 @@ from megatron_vl.rl.journal import iteration_name
 from megatron_vl.rl.report import rollout_record
 from megatron_vl.rl.run import RlRun
 from megatron_vl.train.faults import StopRequest
-from megatron_vl.train.pretrain import beats_folder, stop_seconds
+from megatron_vl.train.pretrain import beats_folder, on_rank, stop_seconds
+
+if TYPE_CHECKING:
+    from megatron_vl.parallel.runtime import Runtime
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,28 +80,20 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def filter_prompts(loaded, layout: Layout, arguments: argparse.Namespace) -> int:
+def filter_prompts(loaded: LoadedRun, layout: Layout, arguments: argparse.Namespace) -> int:
     """Be one rank. Returns 0 at the end, 75 when it was stopped and may be started again."""
-    config, rank = loaded.config, read_environment().rank
-    stop, phase = StopRequest(), Phase("importing libraries")
-    stop.listen(config.train.exit_duration_minutes, speaks=rank == 0)
-    with Heartbeat(beats_folder(config), layout, rank, phase, slow_seconds(config.parallel)) as heartbeat:
-        from megatron_vl.parallel.runtime import reported, start_from_environment
+
+    def work(runtime: Runtime, phase: Phase, stop: StopRequest) -> None:
         from megatron_vl.rl.run import prepare
 
-        phase.enter("joining the other ranks")
-        with (
-            start_from_environment(config.parallel, config.train.seed) as runtime,
-            reported(runtime, phase, heartbeat),
-        ):
-            run = prepare(loaded, runtime, phase)
-            run.stop = stop
-            try:
-                run_filter(run, arguments)
-            finally:
-                run.close()
-                stop.ignore()
-    return STOPPED if stop.agreed else 0
+        run = prepare(loaded, runtime, phase)
+        run.stop = stop
+        try:
+            run_filter(run, arguments)
+        finally:
+            run.close()
+
+    return on_rank(loaded.config, layout, work)
 
 
 def run_filter(run: RlRun, arguments: argparse.Namespace) -> None:

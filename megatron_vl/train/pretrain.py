@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vl.config.load import LoadedRun
 from megatron_vl.config.schema import RunConfig
@@ -15,6 +16,9 @@ from megatron_vl.parallel.launch import STOPPED, launched, read_environment, run
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.layout import Layout
 from megatron_vl.train.faults import StopRequest
+
+if TYPE_CHECKING:
+    from megatron_vl.parallel.runtime import Runtime
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,30 +70,46 @@ def stop_seconds(config: RunConfig) -> float:
 
 
 def train_on_rank(loaded: LoadedRun, layout: Layout) -> int:
-    """Be one rank of the run: start, build, resume if there is something to resume, train, stop.
+    """Be one rank of the run: build, resume if there is something to resume, train. Returns the exit code."""
 
-    Returns the exit code: 0 at the end of the run, 75 when it was stopped and may be started again.
+    def work(runtime: Runtime, phase: Phase, stop: StopRequest) -> None:
+        from megatron_vl.train.loop import train
+        from megatron_vl.train.prepare import prepare, resume
+
+        run = prepare(loaded, runtime, phase)
+        run.stop = stop
+        try:
+            done = train(run, resume(run))
+        finally:
+            run.close()
+        if not stop.agreed:
+            run.say(f"done: {done.step} steps, {done.tokens:,} tokens; everything is in {run.folder}")
+
+    return on_rank(loaded.config, layout, work)
+
+
+def on_rank(config: RunConfig, layout: Layout, work: Callable[[Runtime, Phase, StopRequest], None]) -> int:
+    """Be one rank of a run that can be stopped and watched: signals, heartbeat, groups, then ``work``.
+
+    work: sets ``agreed`` of its request when the ranks have agreed to stop. Returns the exit code: 0 at the end of the
+    run, 75 when it was stopped and may be started again.
     """
-    config, rank = loaded.config, read_environment().rank
+    rank = read_environment().rank
     stop, phase = StopRequest(), Phase("importing libraries")
     stop.listen(config.train.exit_duration_minutes, speaks=rank == 0)
     slow = slow_seconds(config.parallel)
     with Heartbeat(beats_folder(config), layout, rank, phase, slow) as heartbeat:
+        import megatron_vl.train.prepare  # noqa: F401  takes seconds: before anybody waits for this rank
         from megatron_vl.parallel.runtime import reported, start_from_environment
-        from megatron_vl.train.loop import train
-        from megatron_vl.train.prepare import prepare, resume
 
         phase.enter("joining the other ranks")
-        with start_from_environment(config.parallel, config.train.seed) as runtime:
-            with reported(runtime, phase, heartbeat):
-                run = prepare(loaded, runtime, phase)
-                run.stop = stop
-                try:
-                    done = train(run, resume(run))
-                finally:
-                    run.close()
-                    stop.ignore()
-                phase.enter("leaving", limit=run.step_seconds)
-            if not stop.agreed:
-                run.say(f"done: {done.step} steps, {done.tokens:,} tokens; everything is in {run.folder}")
+        with (
+            start_from_environment(config.parallel, config.train.seed) as runtime,
+            reported(runtime, phase, heartbeat),
+        ):
+            try:
+                work(runtime, phase, stop)
+            finally:
+                stop.ignore()
+            phase.enter("leaving", limit=config.parallel.timeout_seconds)
     return STOPPED if stop.agreed else 0

@@ -26,6 +26,7 @@ from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.parallel.runtime import choose_device, start
 from megatron_vl.parity.reference import Document, micro_batches
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 from megatron_vl.train.build import Parts, build
 from megatron_vl.train.step import run_schedule, stage_inputs, train_step
@@ -196,7 +197,7 @@ def with_pixels(batch: Any, asked: Asked, parts: Parts) -> Any:
         return batch
     layout = parts.runtime.layout
     rank = layout.vision_rank(parts.runtime.coords)
-    mine = share_views(asked.prompt.view_kinds, layout.vision_size)[rank]
+    mine = share_views(asked.prompt.view_kinds, layout.vision_size, view_costs(parts.config.model))[rank]
     views = [view for crops, whole in asked.pixels for view in (*crops, *whole)]
     kinds = asked.prompt.view_kinds
     crops = [views[i] for i in mine if kinds[i] == CROP]

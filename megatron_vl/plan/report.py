@@ -11,8 +11,9 @@ from megatron_vl.config.schema import LrPhase, RunConfig
 from megatron_vl.plan.budget import num_microbatches, tokens_per_step, total_steps, total_tokens
 from megatron_vl.plan.cost import parameters, sample_flops, tower_and_decoder, train_flops, view_flops
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.shares import bytes_of_stage, parameters_of_stage
+from megatron_vl.plan.shares import parameters_of_stage
 from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 GRID_LINES = 16

@@ -1,0 +1,213 @@
+"""What the forward pass of one micro-batch keeps for its backward pass on one rank: bytes by part.
+
+Counted are the tensors that autograd saves, each storage once, without weights: what `saved_tensors_hooks` sees still
+alive when the forward pass ends (tests/plan/test_kept.py). Sizes of single tensors are those of Megatron-Core 0.16.1
+and of this package's own modules; the two backends differ in `Kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig, halved
+from megatron_vl.config.schema import RecomputeConfig
+from megatron_vl.plan.cost import CONV_TAPS, IMAGE_CHANNELS
+from megatron_vl.plan.layout import Coords, Layout
+from megatron_vl.plan.stages import Stage
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+
+FP32 = 4
+ID_BYTES = 8
+SLOT_BYTES = 32  # of a visual token: row, position, feature, place in the gathered order
+SCORE_BYTES = 28  # of a scored token: place, label, and three fp32 statistics
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where backends keep different things.
+
+    element: bytes of an activation. fused_norm: an RMS norm keeps its input; else (torch on a CPU) the input and the
+    normalised input, both in fp32. local_attention: K and V go round the context-parallel ring (Transformer Engine);
+    else they are gathered and kept whole, with masks, and documents of a packed row are joined by a copy.
+    """
+
+    element: int
+    fused_norm: bool
+    local_attention: bool
+
+
+def kernels_of(backend: str, element: int, on_cpu: bool) -> Kernels:
+    """backend: `torch` or `transformer_engine`. element: 2 (bf16) or 4 (fp32)."""
+    fused = backend == "transformer_engine"
+    return Kernels(element, fused or not on_cpu, fused)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One micro-batch: rows of `tokens` tokens, views in token-stream order.
+
+    documents: padded lengths of the documents of the row when it is packed (rows = 1), else empty.
+    """
+
+    rows: int
+    tokens: int
+    views: tuple[int, ...] = ()
+    documents: tuple[int, ...] = ()
+
+
+def kept_by_chunk(
+    model: ModelConfig,
+    layout: Layout,
+    stage: Stage,
+    kernels: Kernels,
+    load: Load,
+    recompute: RecomputeConfig,
+    coords: Coords,
+) -> dict[str, int]:
+    """Bytes of one chunk on the rank at `coords`: `vision`, `decoder` and `loss`."""
+    text = model.text
+    local = load.rows * load.tokens // layout.cp
+    normed = local // layout.tp if layout.sp else local
+    vision = vision_kept(model, layout, stage, kernels, load, recompute, layout.vision_rank(coords))
+    decoder = ID_BYTES * local * stage.has_embedding
+    if stage.layers and recompute.decoder == "full":
+        groups = -(-len(stage.layers) // recompute.decoder_num_layers)
+        decoder += groups * normed * text.hidden_size * kernels.element
+        decoder += load.tokens // layout.cp * text.kv_channels * FP32  # rotary angles
+    else:
+        one = layer_kept(text, layout, kernels, load, recompute.decoder == "selective", coords.cp)
+        decoder += len(stage.layers) * (one - model.freeze_decoder * linear_inputs(text, layout, kernels, load))
+    loss = 0
+    if stage.has_head:
+        loss = norm_kept(text.hidden_size, normed, kernels) + normed * text.hidden_size * kernels.element
+        loss += SCORE_BYTES * local
+    return {"vision": vision, "decoder": decoder, "loss": loss}
+
+
+@lru_cache(maxsize=1 << 16)
+def layer_kept(
+    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, selective: bool, cp_rank: int
+) -> int:
+    """Bytes of one decoder layer that is not recomputed as a whole."""
+    tp, element, head = layout.tp, kernels.element, text.kv_channels
+    local = load.rows * load.tokens // layout.cp
+    normed = local // tp if layout.sp else local
+    heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
+    norms = 2 * norm_kept(text.hidden_size, normed, kernels)
+    linears = linear_inputs(text, layout, kernels, load)
+    mixed = (heads + 2 * groups) * head * element  # the product of the q, k, v weights
+    copied = heads > groups > 1  # reshaping the queries of several groups copies them
+    if kernels.fused_norm:
+        head_norms = copied * heads * head * element + FP32 * (heads + groups)
+    else:
+        upcast = (copied * heads * head if element == FP32 else (heads + groups) * head) * FP32
+        head_norms = upcast + FP32 * (heads + groups) * (head + 1)
+    attention, v_is_local = attention_kept(text, layout, kernels, load, selective, cp_rank)
+    if not v_is_local and not kernels.fused_norm and element != FP32:
+        mixed = 0  # nothing refers to it any more
+    rotary = 4 * load.tokens // layout.cp * head * element  # cosines and sines, for q and for k
+    gated = 4 * text.ffn_hidden_size // tp * element  # gate and up, up again, SiLU of the gate
+    return norms + linears + local * (mixed + head_norms + gated) + rotary + attention
+
+
+def linear_inputs(text: TextConfig, layout: Layout, kernels: Kernels, load: Load) -> int:
+    """Bytes of the inputs of a layer's products, without that of the attention's output, which attention keeps."""
+    local = load.rows * load.tokens // layout.cp
+    normed = local // layout.tp if layout.sp else local
+    return kernels.element * (2 * normed * text.hidden_size + local * text.ffn_hidden_size // layout.tp)
+
+
+def norm_kept(width: int, tokens: int, kernels: Kernels) -> int:
+    """Bytes of one RMS norm: its input, 1 / rms, and where it is not fused the normalised input."""
+    return tokens * ((width * kernels.element if kernels.fused_norm else 2 * width * FP32) + FP32)
+
+
+def attention_kept(
+    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, selective: bool, cp_rank: int
+) -> tuple[int, bool]:
+    """(bytes of the attention of one layer without V, whether V is kept as part of the q, k, v product)."""
+    tp, cp, element = layout.tp, layout.cp, kernels.element
+    local = load.rows * load.tokens // cp
+    heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
+    queries, keys = heads * text.kv_channels * element, groups * text.kv_channels * element
+    own = local * (2 * queries + keys)  # q, output, k
+    if selective:
+        return own, True
+    own += local * heads * FP32  # log-sum-exp
+    if kernels.local_attention:
+        return own, True
+    documents = load.documents or (load.tokens,)
+    if cp * len(documents) > 1:
+        own += local * queries  # parts, and the whole that they are joined to
+    if cp == 1:
+        return own, True
+    gathered = 2 * keys * load.rows * load.tokens - local * keys
+    masks = sum(mask_elements(length, cp, cp_rank) for length in documents)
+    return own + gathered + masks * element, False
+
+
+def mask_elements(length: int, cp: int, cp_rank: int) -> int:
+    """Elements of the masks of a document's two chunks on a rank; the first chunk of a document needs none."""
+    chunk = length // (2 * cp)
+    return chunk * chunk * sum(place + 1 for place in (cp_rank, 2 * cp - 1 - cp_rank) if place)
+
+
+def vision_kept(
+    model: ModelConfig,
+    layout: Layout,
+    stage: Stage,
+    kernels: Kernels,
+    load: Load,
+    recompute: RecomputeConfig,
+    share: int,
+) -> int:
+    """Bytes of tower, projector and fusion, for the `share`-th share of the views."""
+    if not stage.has_vision or not load.views:
+        return 0
+    mine = [load.views[view] for view in view_shares(load.views, layout.vision_size)[share]]
+    vision, total = model.vision, 0
+    split = layout.tp if layout.placement == "tensor" else 1
+    tokens = {CROP: vision.crop_tokens, GLOBAL: vision.global_tokens}
+    for kind in (CROP, GLOBAL):
+        count = mine.count(kind)
+        if count and not model.freeze_vision:
+            full = recompute.vision_num_layers if recompute.vision == "full" else 0
+            total += tower_kept(vision, kind, count, split, kernels.element, full)
+        if not model.freeze_projector:
+            total += count * tokens[kind] * vision.output_size * kernels.element
+    slots = sum(tokens[kind] for kind in load.views)
+    return total + slots * SLOT_BYTES // layout.cp
+
+
+@lru_cache(maxsize=1024)
+def view_shares(kinds: tuple[int, ...], size: int) -> Sequence[Sequence[int]]:
+    """`vision_share.share_views`, remembered."""
+    return share_views(kinds, size)
+
+
+@lru_cache(maxsize=4096)
+def tower_kept(vision: VisionConfig, kind: int, count: int, split: int, element: int, group: int) -> int:
+    """Bytes of `count` views of one kind. group: blocks per recomputed group, 0 = nothing is recomputed."""
+    grid = vision.crop_grid if kind == CROP else vision.global_grid
+    per_view, width = grid * grid, vision.hidden_size
+    patches = count * per_view
+    stem = patches * element * (IMAGE_CHANNELS * vision.patch_size**2 + width + 2)
+    half = halved(grid)
+    quarter = halved(half)
+    down = count * CONV_TAPS * element * (half**2 * width + quarter**2 * 2 * width // split)
+    if group:
+        groups = -(-vision.num_layers // group)
+        return stem + down + groups * patches * width * element + per_view * vision.head_dim * FP32
+    return stem + down + vision.num_layers * block_kept(vision, per_view, count, split, element)
+
+
+def block_kept(vision: VisionConfig, per_view: int, count: int, split: int, element: int) -> int:
+    """Bytes of one block of the tower for `count` views of `per_view` patches."""
+    width, patches = vision.hidden_size, count * per_view
+    whole = 6 * width + 4  # both norms' inputs and statistics and outputs, what the layer scales multiply
+    cut = 6 * width + 3 * vision.ffn_hidden_size  # q, k, their product with v, output; x, its sigmoid, their product
+    logsumexp = FP32 * vision.num_attention_heads // split
+    rotary = 4 * per_view * vision.head_dim * element
+    return patches * (whole * element + cut * element // split + logsumexp) + rotary

@@ -7,7 +7,6 @@ and of this package's own modules; the two backends differ in `Kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,14 +45,15 @@ def kernels_of(backend: str, element: int, on_cpu: bool) -> Kernels:
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch: rows of `tokens` tokens, views in token-stream order.
+    """One micro-batch: rows of `tokens` tokens, and how many crops and global views they have together.
 
     documents: padded lengths of the documents of the row when it is packed (rows = 1), else empty.
     """
 
     rows: int
     tokens: int
-    views: tuple[int, ...] = ()
+    crops: int = 0
+    globals: int = 0
     documents: tuple[int, ...] = ()
 
 
@@ -77,33 +77,46 @@ def kept_by_chunk(
         decoder += groups * normed * text.hidden_size * kernels.element
         decoder += load.tokens // layout.cp * text.kv_channels * FP32  # rotary angles
     else:
-        one = layer_kept(text, layout, kernels, load, recompute.decoder == "selective", coords.cp)
-        decoder += len(stage.layers) * (one - model.freeze_decoder * linear_inputs(text, layout, kernels, load))
+        selective, trained = recompute.decoder == "selective", not model.freeze_decoder
+        decoder += len(stage.layers) * layer_kept(text, layout, kernels, load, selective, coords.cp, trained)
     loss = 0
     if stage.has_head:
-        loss = norm_kept(text.hidden_size, normed, kernels) + normed * text.hidden_size * kernels.element
+        loss = (
+            norm_kept(text.hidden_size, normed, kernels, not model.freeze_decoder)
+            + normed * text.hidden_size * kernels.element
+        )
         loss += SCORE_BYTES * local
     return {"vision": vision, "decoder": decoder, "loss": loss}
 
 
 @lru_cache(maxsize=1 << 16)
 def layer_kept(
-    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, selective: bool, cp_rank: int
+    text: TextConfig,
+    layout: Layout,
+    kernels: Kernels,
+    load: Load,
+    selective: bool,
+    cp_rank: int,
+    trained: bool = True,
 ) -> int:
-    """Bytes of one decoder layer that is not recomputed as a whole."""
+    """Bytes of one decoder layer that is not recomputed as a whole. trained: its weights need a gradient."""
     tp, element, head = layout.tp, kernels.element, text.kv_channels
     local = load.rows * load.tokens // layout.cp
     normed = local // tp if layout.sp else local
     heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
-    norms = 2 * norm_kept(text.hidden_size, normed, kernels)
-    linears = linear_inputs(text, layout, kernels, load)
+    norms = 2 * norm_kept(text.hidden_size, normed, kernels, trained)
+    linears = trained * linear_inputs(text, layout, kernels, load)
     mixed = (heads + 2 * groups) * head * element  # the product of the q, k, v weights
+    if (
+        text.num_query_groups < tp
+    ):  # ranks that share a key head gather the whole product and take a view of it
+        mixed = (text.num_attention_heads + 2 * text.num_query_groups) * head * element
     copied = heads > groups > 1  # reshaping the queries of several groups copies them
     if kernels.fused_norm:
         head_norms = copied * heads * head * element + FP32 * (heads + groups)
     else:
         upcast = (copied * heads * head if element == FP32 else (heads + groups) * head) * FP32
-        head_norms = upcast + FP32 * (heads + groups) * (head + 1)
+        head_norms = upcast + FP32 * (heads + groups) * (head * trained + 1)
     attention, v_is_local = attention_kept(text, layout, kernels, load, selective, cp_rank)
     if not v_is_local and not kernels.fused_norm and element != FP32:
         mixed = 0  # nothing refers to it any more
@@ -119,9 +132,10 @@ def linear_inputs(text: TextConfig, layout: Layout, kernels: Kernels, load: Load
     return kernels.element * (2 * normed * text.hidden_size + local * text.ffn_hidden_size // layout.tp)
 
 
-def norm_kept(width: int, tokens: int, kernels: Kernels) -> int:
-    """Bytes of one RMS norm: its input, 1 / rms, and where it is not fused the normalised input."""
-    return tokens * ((width * kernels.element if kernels.fused_norm else 2 * width * FP32) + FP32)
+def norm_kept(width: int, tokens: int, kernels: Kernels, trained: bool) -> int:
+    """Bytes of one RMS norm: its input, 1 / rms, and where it is trained but not fused the normalised input."""
+    unfused = width * FP32 * (1 + trained)
+    return tokens * ((width * kernels.element if kernels.fused_norm else unfused) + FP32)
 
 
 def attention_kept(
@@ -164,27 +178,42 @@ def vision_kept(
     share: int,
 ) -> int:
     """Bytes of tower, projector and fusion, for the `share`-th share of the views."""
-    if not stage.has_vision or not load.views:
+    if not stage.has_vision or not load.crops + load.globals:
         return 0
-    mine = [load.views[view] for view in view_shares(load.views, layout.vision_size)[share]]
+    mine = view_shares(load.crops, load.globals, layout.vision_size)[share]
     vision, total = model.vision, 0
     split = layout.tp if layout.placement == "tensor" else 1
-    tokens = {CROP: vision.crop_tokens, GLOBAL: vision.global_tokens}
-    for kind in (CROP, GLOBAL):
-        count = mine.count(kind)
+    tokens = (vision.crop_tokens, vision.global_tokens)
+    for kind, count in zip((CROP, GLOBAL), mine):
         if count and not model.freeze_vision:
             full = recompute.vision_num_layers if recompute.vision == "full" else 0
             total += tower_kept(vision, kind, count, split, kernels.element, full)
         if not model.freeze_projector:
             total += count * tokens[kind] * vision.output_size * kernels.element
-    slots = sum(tokens[kind] for kind in load.views)
+    slots = load.crops * tokens[CROP] + load.globals * tokens[GLOBAL]
     return total + slots * SLOT_BYTES // layout.cp
 
 
-@lru_cache(maxsize=1024)
-def view_shares(kinds: tuple[int, ...], size: int) -> Sequence[Sequence[int]]:
-    """`vision_share.share_views`, remembered."""
-    return share_views(kinds, size)
+@lru_cache(maxsize=4096)
+def view_shares(crops: int, globals_: int, size: int) -> tuple[tuple[int, int], ...]:
+    """(crops, global views) of each share. `vision_share.share_views` looks at the kinds only, so that the order of
+    the views changes which of them a rank gets, but not how many."""
+    kinds = [CROP] * crops + [GLOBAL] * globals_
+    shares = [[kinds[view] for view in mine] for mine in share_views(kinds, size)]
+    return tuple((mine.count(CROP), mine.count(GLOBAL)) for mine in shares)
+
+
+@lru_cache(maxsize=4096)
+def heaviest_share(vision: VisionConfig, crops: int, globals_: int, size: int) -> int:
+    """Which share of the views has the most patches."""
+    patches = (vision.crop_grid**2, vision.global_grid**2)
+    loads = [c * patches[CROP] + g * patches[GLOBAL] for c, g in view_shares(crops, globals_, size)]
+    return loads.index(max(loads))
+
+
+def heaviest(vision: VisionConfig, load: Load, size: int) -> tuple[int, int]:
+    """(crops, global views) of the share with the most patches."""
+    return view_shares(load.crops, load.globals, size)[heaviest_share(vision, load.crops, load.globals, size)]
 
 
 @lru_cache(maxsize=4096)
@@ -207,7 +236,9 @@ def block_kept(vision: VisionConfig, per_view: int, count: int, split: int, elem
     """Bytes of one block of the tower for `count` views of `per_view` patches."""
     width, patches = vision.hidden_size, count * per_view
     whole = 6 * width + 4  # both norms' inputs and statistics and outputs, what the layer scales multiply
-    cut = 6 * width + 3 * vision.ffn_hidden_size  # q, k, their product with v, output; x, its sigmoid, their product
+    cut = (
+        6 * width + 3 * vision.ffn_hidden_size
+    )  # q, k, their product with v, output; x, its sigmoid, their product
     logsumexp = FP32 * vision.num_attention_heads // split
     rotary = 4 * per_view * vision.head_dim * element
     return patches * (whole * element + cut * element // split + logsumexp) + rotary

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
-from megatron_vl.plan.tensors import Weight, padded_to, weights_of_chunk
+from megatron_vl.plan.tensors import Weight, padded_to, weights_of_chunk, weights_of_dimensions
 
 WEIGHT_START = 64  # elements; a weight begins at a multiple
 BUCKET_END = 128
@@ -61,9 +61,7 @@ def bytes_of_stage(
     shards = layout.dp * layout.cp if distributed_optimizer else 1
     weights = gradients = optimizer = 0
     for stage in stage_chunks:
-        frozen, length = chunk_lengths(
-            weights_of_chunk(model, layout, stage), frozen_parts(model), shards, distributed_optimizer
-        )
+        frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer)
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
         optimizer += state_element_bytes(weight_bytes) * (length // shards)
@@ -104,29 +102,49 @@ def frozen_parts(model: ModelConfig) -> tuple[str, ...]:
     return tuple(part for part, frozen in flags.items() if frozen)
 
 
-@lru_cache(maxsize=4096)
 def chunk_lengths(
-    weights: tuple[Weight, ...], frozen: tuple[str, ...], shards: int, padded: bool
+    model: ModelConfig, layout: Layout, stage: Stage, shards: int, padded: bool
 ) -> tuple[int, int]:
     """(elements of frozen weights, elements of the buffer of trained ones) of one chunk."""
+    split = layout.tp if layout.placement == "tensor" else 1
+    marks = (stage.has_vision, stage.has_embedding, stage.has_head)
+    kept, end = _lengths(
+        model.vision, model.text, layout.tp, split, len(stage.layers), marks, frozen_parts(model), padded
+    )
+    return kept, padded_to(end, math.lcm(shards, BUCKET_END)) if padded else end
+
+
+@lru_cache(maxsize=4096)
+def _lengths(
+    vision: VisionConfig,
+    text: TextConfig,
+    tp: int,
+    split: int,
+    num_layers: int,
+    marks: tuple[bool, bool, bool],
+    frozen: tuple[str, ...],
+    padded: bool,
+) -> tuple[int, int]:
+    """(elements of frozen weights, end of the last trained weight in the buffer)."""
+    weights = weights_of_dimensions(vision, text, tp, split, num_layers, *marks)
     kept = sum(weight.size for weight in weights if weight.part in frozen)
-    return kept, _buffer(weights, frozen, shards, padded)[1]
+    return kept, max((end for _, end in _spans(weights, frozen, padded)), default=0)
 
 
 def owned(
     weights: tuple[Weight, ...], frozen: tuple[str, ...], shards: int, shard: int, padded: bool
 ) -> tuple[int, int]:
     """(elements, number of tensors) of trained weights within the `shard`-th equal piece of the chunk's buffer."""
-    spans, length = _buffer(weights, frozen, shards, padded)
+    spans = _spans(weights, frozen, padded)
+    end = spans[-1][1] if spans else 0
+    length = padded_to(end, math.lcm(shards, BUCKET_END)) if padded else end
     first, last = shard * length // shards, (shard + 1) * length // shards
     mine = [min(end, last) - max(start, first) for start, end in spans]
     return sum(size for size in mine if size > 0), sum(size > 0 for size in mine)
 
 
-def _buffer(
-    weights: tuple[Weight, ...], frozen: tuple[str, ...], shards: int, padded: bool
-) -> tuple[list[tuple[int, int]], int]:
-    """((start, end) of each trained weight, length) of a chunk's gradient buffer."""
+def _spans(weights: tuple[Weight, ...], frozen: tuple[str, ...], padded: bool) -> list[tuple[int, int]]:
+    """(start, end) of each trained weight in a chunk's gradient buffer, in its order."""
     spans, end = [], 0
     for weight in reversed(weights):
         if weight.part in frozen:
@@ -134,4 +152,4 @@ def _buffer(
         start = padded_to(end, WEIGHT_START) if padded else end
         end = start + weight.size
         spans.append((start, end))
-    return spans, padded_to(end, math.lcm(shards, BUCKET_END)) if padded else end
+    return spans

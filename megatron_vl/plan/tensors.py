@@ -31,14 +31,14 @@ def weights_of_chunk(model: ModelConfig, layout: Layout, stage: Stage) -> tuple[
     The `transformer_engine` backend has the same tensors; those of fused norms stand elsewhere in the order.
     """
     split = layout.tp if layout.placement == "tensor" else 1
-    return _weights(
+    return weights_of_dimensions(
         model.vision, model.text, layout.tp, split, len(stage.layers), stage.has_vision, stage.has_embedding,
         stage.has_head,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _weights(
+def weights_of_dimensions(
     vision: VisionConfig,
     text: TextConfig,
     tp: int,

@@ -70,8 +70,7 @@ def test_pieces_cover_every_weight_once(model):
 def test_a_bias_behind_a_sharded_product_is_whole():
     (stage,) = plan_stages(4, 1)[0]
     found = {
-        weight.name: weight.size
-        for weight in weights_of_chunk(ODD, Layout(tp=2, placement="tensor"), stage)
+        weight.name: weight.size for weight in weights_of_chunk(ODD, Layout(tp=2, placement="tensor"), stage)
     }
     assert found["vision_model.vit_downsampler2.bias"] == 4 * 24
     assert found["vision_model.vit_downsampler1.bias"] == 24

@@ -1,0 +1,100 @@
+"""Activations: the plan against the tensors that autograd has saved at the end of a forward pass."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vl.config.presets import STEP3_VL_TINY
+from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig
+from megatron_vl.plan.kept import Load, kept_by_chunk, kernels_of, mask_elements
+from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.vision_share import CROP, GLOBAL
+from tests.fixtures.small import make_documents
+from tests.model.on_ranks import run_of
+from tests.plan.on_ranks import kept_on_rank
+
+MODEL = replace(
+    STEP3_VL_TINY,
+    vision=replace(STEP3_VL_TINY.vision, num_layers=2),
+    text=replace(STEP3_VL_TINY.text, num_layers=4, ffn_hidden_size=320),
+)
+FROZEN = replace(MODEL, freeze_vision=True, freeze_decoder=True)
+NONE = RecomputeConfig()
+SELECTIVE = RecomputeConfig(decoder="selective")
+FULL = RecomputeConfig(decoder="full", vision="full", vision_num_layers=2)
+
+# layout, placement, packed, recompute, number format, model
+CASES = [
+    ("1", "data", False, NONE, "fp32", MODEL),
+    ("1", "data", True, NONE, "bf16", MODEL),
+    ("1", "data", False, FULL, "bf16", MODEL),
+    ("1", "data", False, NONE, "fp32", FROZEN),
+    ("tp2", "data", False, SELECTIVE, "fp32", MODEL),
+    ("tp4sp", "tensor", False, NONE, "bf16", MODEL),
+    ("cp2", "data", True, NONE, "fp32", MODEL),
+    ("cp2tp2sp", "tensor", False, NONE, "bf16", MODEL),
+    ("cp4", "data", False, SELECTIVE, "bf16", MODEL),
+    ("pp4", "data", False, FULL, "fp32", MODEL),
+    ("pp2vpp2", "data", False, NONE, "fp32", MODEL),
+    ("dp2tp2pp2", "data", False, NONE, "bf16", MODEL),
+]
+
+
+@pytest.mark.parametrize(("name", "placement", "packed", "recompute", "dtype", "model"), CASES)
+def test_live_activations(world, name, placement, packed, recompute, dtype, model):
+    docs = make_documents(model, [([(2, 2), (0, 0)], 60), ([(1, 3)], 140)])
+    config, batches, layout = run_of(model, name, placement, docs, packed=packed, recompute=recompute)
+    config = replace(config, precision=PrecisionConfig(params=dtype))
+    stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp)
+    kernels = kernels_of("torch", {"fp32": 4, "bf16": 2}[dtype], on_cpu=True)
+    for live in world.run(layout.world_size, kept_on_rank, config, batches):
+        load = load_of(batches, live.coords.dp)
+        for stage, found in zip(stages[live.coords.pp], live.chunks):
+            planned = kept_by_chunk(model, layout, stage, kernels, load, recompute, live.coords)
+            for part, measured in found.items():
+                assert planned[part] == pytest.approx(measured, rel=0.03, abs=8000), (
+                    live.coords,
+                    part,
+                    stage,
+                )
+            assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.02)
+
+
+def load_of(batches, dp):
+    """The first micro-batch of a replica as the plan sees it; the pieces of a packed row are padded."""
+    docs = batches.rows[dp][0][0]
+    kinds = [kind for doc in docs for kind in doc.kinds]
+    lengths = [len(doc.ids) for doc in docs]
+    views = (kinds.count(CROP), kinds.count(GLOBAL))
+    if not batches.packed:
+        return Load(1, batches.seq_length, *views)
+    return Load(1, batches.seq_length, *views, (*lengths, batches.seq_length - sum(lengths)))
+
+
+def test_masks_are_those_of_the_attention():
+    from megatron_vl.model.attention import segments
+
+    for rank in range(4):
+        wanted = sum(
+            (q1 - q0) * (k1 - k0) for q0, q1, k0, k1, diagonal in segments((0, 64), 4, rank, True) if diagonal
+        )
+        assert mask_elements(64, 4, rank) == wanted
+
+
+def test_views_change_the_first_stage_only():
+    stages = plan_stages(4, 2)
+    kernels = kernels_of("torch", 2, on_cpu=False)
+    from megatron_vl.plan.layout import Coords, Layout
+
+    layout = Layout(pp=2)
+    text, image = (
+        [
+            kept_by_chunk(
+                MODEL, layout, stages[pp][0], kernels, Load(1, 512, 0, views), NONE, Coords(0, 0, 0, pp)
+            )
+            for pp in range(2)
+        ]
+        for views in (0, 1)
+    )
+    assert text[0]["vision"] == 0 < image[0]["vision"]
+    assert text[1] == image[1]

@@ -22,7 +22,8 @@ GB, GIB = 10**9, 1 << 30
 class Device:
     """One rank's device. Rates per second and rank; links are one direction.
 
-    memory: bytes that a process may use, 0 = no limit is known. matmul_flops, attention_flops: reached, not peak.
+    memory: bytes that a process may use, 0 = no limit is known. matmul_flops, attention_flops: reached, not peak, and
+    half of it with `half_rows` tokens per rank and micro-batch.
     element_bytes: memory traffic of element-wise work. intra_bytes: link inside a node; inter_bytes: a rank's own
     share of the links between nodes. collective_seconds, transfer_seconds: latency of a collective inside a node and
     of a message between two ranks; inter_seconds: of a collective between nodes. layer_seconds: fixed cost of one
@@ -35,6 +36,7 @@ class Device:
     peak_flops: float
     matmul_flops: float
     attention_flops: float
+    half_rows: float
     element_bytes: float
     node_ranks: int
     intra_bytes: float
@@ -54,7 +56,7 @@ class Device:
 
 def _gpu(name: str, memory: int, peak: float, bandwidth: float, link: float, network: float) -> Device:
     return Device(
-        name=name, memory=memory, peak_flops=peak, matmul_flops=0.62 * peak, attention_flops=0.45 * peak,
+        name=name, memory=memory, peak_flops=peak, matmul_flops=0.62 * peak, attention_flops=0.45 * peak, half_rows=192,
         element_bytes=0.75 * bandwidth, node_ranks=8, intra_bytes=0.75 * link, inter_bytes=0.8 * network,
         collective_seconds=12e-6, inter_seconds=40e-6, transfer_seconds=15e-6, layer_seconds=0.0, processors=0,
         reserve=4 * GIB,
@@ -67,8 +69,8 @@ DEVICES: dict[str, Device] = {
     "A100": _gpu("A100", 79 * GIB, 312e12, 2.039e12, 300 * GB, 25 * GB),
     # a laptop's or a test machine's core with torch in fp32: order of magnitude only
     "CPU": Device(
-        name="CPU", memory=0, peak_flops=60e9, matmul_flops=40e9, attention_flops=15e9, element_bytes=6 * GB,
-        node_ranks=1024, intra_bytes=1.5 * GB, inter_bytes=1 * GB, collective_seconds=250e-6,
+        name="CPU", memory=0, peak_flops=60e9, matmul_flops=40e9, attention_flops=15e9, half_rows=8,
+        element_bytes=6 * GB, node_ranks=1024, intra_bytes=1.5 * GB, inter_bytes=1 * GB, collective_seconds=250e-6,
         inter_seconds=500e-6, transfer_seconds=150e-6, layer_seconds=1.2e-3, processors=2, reserve=GIB // 2,
     ),
 }  # fmt: skip

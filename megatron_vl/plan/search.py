@@ -255,9 +255,9 @@ class Planner:
 
     def _candidates(self) -> Iterator[Candidate | tuple[str, str]]:
         config, device, world = self.question.config, self.question.device, self.question.world_size
-        return candidates(config, world, min(device.node_ranks, world), self._relief())
+        return candidates(config, world, min(device.node_ranks, world), self.relief())
 
-    def _relief(self) -> dict[tuple[int, int, int, str], float]:
+    def relief(self) -> dict[tuple[int, int, int, str], float]:
         """Decoder layers that the tower costs, by (tp, cp, pp, placement)."""
         question, found = self.question, {}
         if not question.images_per_row:

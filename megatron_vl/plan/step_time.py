@@ -117,12 +117,14 @@ def rates(
     lengths = load.documents or (load.tokens,)
     linear, attention = decoder_layer_flops(model, lengths * load.rows, load.rows * load.tokens)
     passes = multiplier["decoder_linear"]
+    local = load.rows * load.tokens // layout.cp
+    slower = 1 + device.half_rows / local  # products of few rows do not fill a device
     compute = linear * passes / device.matmul_flops
     compute += attention * multiplier["decoder_attention"] / device.attention_flops
     kept = layer_kept(text, layout, kernels, load, False, min(1, layout.cp - 1))
     traffic = TRAFFIC + TRAFFIC_AGAIN * (recompute.decoder == "full")
     layer = Piece(
-        compute / cut + passes * device.layer_seconds,
+        slower * compute / cut + passes * device.layer_seconds,
         traffic * kept / device.element_bytes,
         _tensor_seconds(model, layout, device, kernels, load, recompute),
         _context_seconds(model, layout, device, kernels, load, recompute, attention / cut),
@@ -130,11 +132,10 @@ def rates(
     words = padded_to(text.vocab_size, layout.tp)
     again = multiplier["lm_head"] + 1  # the backward pass of the loss computes the logits again
     head_flops = 2 * load.rows * load.tokens * text.hidden_size * words / cut
-    local = load.rows * load.tokens // layout.cp
     hidden = local * text.hidden_size * kernels.element
     tp_link = link(device, layout.tp, 1, ranks)
     head = Piece(
-        head_flops * again / device.matmul_flops + device.layer_seconds,
+        slower * head_flops * again / device.matmul_flops + device.layer_seconds,
         3 * 4 * local * words / layout.tp / device.element_bytes,
         3 * tp_link.gather(hidden) if layout.sp else tp_link.reduce(hidden),
     )

@@ -13,7 +13,7 @@ from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parity.reference import Batches, micro_batches
 from megatron_vl.plan.layout import Coords
 from megatron_vl.train.build import Parts
-from megatron_vl.train.step import stage_inputs, update
+from megatron_vl.train.step import stage_inputs, train_step, update
 from tests.model.on_ranks import build_parts
 
 
@@ -128,3 +128,20 @@ def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> di
         name: sum(size for other, size in found.values() if other == name)
         for name in ("vision", "decoder", "loss")
     }
+
+
+def one_step(config: RunConfig, batches: Batches) -> tuple[float, float]:
+    """(loss, gradient norm) of one optimizer step."""
+    parts = build_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    result = train_step(parts, feed, 1e-3)
+    return result.loss, result.grad_norm
+
+
+def build_error(config: RunConfig) -> str:
+    """What building raises on this rank, "" for nothing."""
+    try:
+        build_parts(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

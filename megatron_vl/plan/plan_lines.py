@@ -49,7 +49,7 @@ def _row(planner: Planner, verdict: Verdict) -> tuple[str, ...]:
     step, found = verdict.time.total, planner.rates(candidate)
     tokens = question.config.train.global_batch_size * question.config.data.seq_length
     mfu = question.model_flops() / step / question.world_size / question.device.peak_flops
-    balance = f"{found.tower.total / found.tower_mean:.2f}" if found.tower_mean else "-"
+    balance = f"{found.tower.own / found.tower_mean:.2f}" if found.tower_mean else "-"
     return (
         str(layout.tp), "yes" if layout.sp else "-", str(layout.cp), str(layout.pp),
         str(layout.vpp) if layout.vpp > 1 else "-", str(layout.dp), layout.placement,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -145,3 +146,17 @@ def build_error(config: RunConfig) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def step_seconds(config: RunConfig, batches: Batches, steps: int) -> list[tuple[float, float]]:
+    """(wall seconds, processor seconds of this rank) of each step, behind one that warms up."""
+    parts = build_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    train_step(parts, feed, 1e-3)
+    taken = []
+    for _ in range(steps):
+        parts.runtime.groups.replica.barrier().wait()
+        wall, own = time.perf_counter(), time.process_time()
+        train_step(parts, feed, 1e-3)
+        taken.append((time.perf_counter() - wall, time.process_time() - own))
+    return taken

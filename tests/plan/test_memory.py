@@ -1,0 +1,76 @@
+"""Memory of a stage: what is in flight, what comes and goes, which rank is the fullest."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import RecomputeConfig
+from megatron_vl.plan.kept import Load, heaviest, kept_by_chunk, kernels_of, view_shares
+from megatron_vl.plan.layout import Coords, Layout
+from megatron_vl.plan.loss_chunk import loss_chunk_tokens
+from megatron_vl.plan.memory import PARTS, Setting, memory_of_stage, workspace
+from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.state_bytes import bytes_of_stage
+
+MODEL = ModelConfig()
+KERNELS = kernels_of("transformer_engine", 2, on_cpu=False)
+BASE = Setting(MODEL, KERNELS, RecomputeConfig(), Load(1, 4096, 6, 1), num_microbatches=16, weight_bytes=2)
+
+
+def test_parts_of_every_stage():
+    layout, stages = Layout(pp=4, dp=2), plan_stages(36, 4)
+    found = [memory_of_stage(BASE, layout, chunks) for chunks in stages]
+    assert all(tuple(parts) == PARTS for parts in found)
+    assert [parts["tower"] > 0 for parts in found] == [True, False, False, False]
+    assert [parts["loss"] > 0 for parts in found] == [False, False, False, True]
+    for chunks, parts in zip(stages, found):
+        state = bytes_of_stage(MODEL, layout, chunks)
+        assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (
+            state.weights, state.gradients, state.optimizer,
+        )  # fmt: skip
+    one = kept_by_chunk(MODEL, layout, stages[1][0], KERNELS, BASE.load, BASE.recompute, Coords(0, 0, 0, 1))
+    assert [parts["decoder"] // one["decoder"] for parts in found] == [4, 3, 2, 1]
+    few = [memory_of_stage(replace(BASE, num_microbatches=2), layout, chunks) for chunks in stages]
+    assert [parts["decoder"] // one["decoder"] for parts in few] == [2, 2, 2, 1]
+
+
+def test_interleaving_holds_more():
+    plain = memory_of_stage(BASE, Layout(pp=4), plan_stages(36, 4)[0])
+    twice = memory_of_stage(BASE, Layout(pp=4, vpp=3), plan_stages(36, 4, 3)[0])
+    assert twice["decoder"] > plain["decoder"] and twice["pipeline"] > plain["pipeline"]
+
+
+def test_recomputation_takes_activations_off():
+    layout, chunks = Layout(tp=2, sp=True), plan_stages(36, 1)[0]
+    full = replace(BASE, recompute=RecomputeConfig(decoder="full", vision="full"))
+    none, less = (memory_of_stage(setting, layout, chunks) for setting in (BASE, full))
+    assert less["decoder"] < none["decoder"] / 10 and less["tower"] < none["tower"] / 10
+    groups = replace(full, recompute=replace(full.recompute, decoder_num_layers=6))
+    more = memory_of_stage(groups, layout, chunks)
+    assert more["decoder"] < less["decoder"] and more["workspace"] > less["workspace"]
+
+
+def test_the_loss_needs_one_chunk_of_logits():
+    chunks, layout = plan_stages(36, 2)[1], Layout(pp=2)
+    words, tokens = 151_936, 4096
+    expected = loss_chunk_tokens(words) * words * (4 + 2 * 2) + 2 * tokens * 4096 * 2
+    assert workspace(BASE, layout, chunks) == pytest.approx(expected)
+    assert workspace(replace(BASE, loss_chunk=4096), layout, chunks) > 7 * expected
+
+
+def test_the_fullest_rank_has_the_most_patches():
+    load = Load(1, 4096, 5, 1)
+    shares = view_shares(5, 1, 4)
+    assert sum(crops for crops, _ in shares) == 5 and sum(whole for _, whole in shares) == 1
+    most = heaviest(MODEL.vision, load, 4)
+    patches = [1296 * crops + 2704 * whole for crops, whole in shares]
+    assert 1296 * most[0] + 2704 * most[1] == max(patches)
+
+
+def test_frozen_parts_keep_nothing():
+    frozen = replace(BASE, model=replace(MODEL, freeze_vision=True, freeze_decoder=True))
+    found = memory_of_stage(frozen, Layout(dp=8), plan_stages(36, 1)[0])
+    plain = memory_of_stage(BASE, Layout(dp=8), plan_stages(36, 1)[0])
+    assert found["tower"] < plain["tower"] / 100 and found["decoder"] < plain["decoder"]
+    assert found["gradients"] < plain["gradients"] / 100

@@ -190,13 +190,14 @@ def view_sizes(config: RunConfig) -> tuple[int, int]:
 
 def with_pixels(batch: Any, asked: Asked, parts: Parts) -> Any:
     """This vision rank's share of the views."""
+    from megatron_vl.plan.cost import view_costs
     from megatron_vl.plan.vision_share import share_views
 
     if not parts.runtime.is_first_stage or not asked.pixels:
         return batch
     layout = parts.runtime.layout
     rank = layout.vision_rank(parts.runtime.coords)
-    mine = share_views(asked.prompt.view_kinds, layout.vision_size)[rank]
+    mine = share_views(asked.prompt.view_kinds, layout.vision_size, view_costs(parts.config.model))[rank]
     views = [view for crops, whole in asked.pixels for view in (*crops, *whole)]
     kinds = asked.prompt.view_kinds
     crops = [views[i] for i in mine if kinds[i] == CROP]

@@ -13,6 +13,10 @@ from megatron_vl.errors import MegatronVLError
 # Command: (module with `main(argv)`, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("megatron_vl.plan.command", "print the resolved run, its parameters, cost, ranks and stages"),
+    "plan": (
+        "megatron_vl.plan.plan_command",
+        "predict memory and step time of a layout: CONFIG --gpu TYPE --gpus N",
+    ),
     "rl": ("megatron_vl.rl.command", "reinforce: CONFIG [--nproc N] [section.key=value ...]"),
     "filter": (
         "megatron_vl.rl.filtration",

@@ -22,4 +22,9 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """YAML text of a configuration, e.g. for the run folder."""
-    return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(to_mapping(config))
+
+
+def dump_yaml(mapping: dict[str, Any]) -> str:
+    """YAML text of sections of a configuration as plain data."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

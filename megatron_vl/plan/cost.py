@@ -8,6 +8,7 @@ attention in the tower counts all of it. What one rank of a layout carries is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from megatron_vl.config.model import ModelConfig, TextConfig
 from megatron_vl.config.schema import RecomputeConfig
@@ -92,6 +93,7 @@ def view_flops(model: ModelConfig, kind: int) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=64)
 def view_costs(model: ModelConfig) -> tuple[int, int]:
     """Forward FLOPs of one crop and of one global view: what `share_views` balances.
 

@@ -1,129 +1,178 @@
-"""What one rank needs at the height of a step, planned from the description; nothing of it was measured on a GPU.
+"""Memory of a rank by part and by pipeline stage: what stays, what is in flight, and what comes and goes.
 
-Counted: weights, gradients and optimizer (`plan.shares`), what the backward pass keeps of each layer, the layer that
-is computed at the moment, and the loss. Not counted: the CUDA context, NCCL's buffers and fragmentation, for which a
-tenth of the device should stay free. Attention is taken to keep its inputs and output only (flash attention).
+States are exact, activations are those of `plan/kept.py` with what it leaves out. Of what comes and goes only the
+largest thing is counted, and not the buffers of gradient reduction, feature exchange and the ring of K and V.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.config.schema import RunConfig
-from megatron_vl.plan.layout import Layout
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import RecomputeConfig, RunConfig
+from megatron_vl.plan.budget import num_microbatches
+from megatron_vl.plan.kept import (
+    Kernels,
+    Load,
+    heaviest,
+    heaviest_share,
+    kept_by_chunk,
+    kernels_of,
+    layer_kept,
+    tower_kept,
+)
+from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
-from megatron_vl.plan.shares import bytes_of_stage, padded_to
+from megatron_vl.plan.schedule import peaks_in_flight
 from megatron_vl.plan.stages import Stage
+from megatron_vl.plan.state_bytes import bytes_of_stage
+from megatron_vl.plan.tensors import padded_to
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
-FP32 = 4
+PARTS = ("weights", "gradients", "optimizer", "tower", "decoder", "loss", "pipeline", "workspace", "reserve")
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one rank. states: weights, gradients, optimizer. decoder, tower: kept for the backward pass, and the
-    layer that is computed. loss: of the last stage. views: (global views, crops) of a row that are planned for."""
+class Setting:
+    """What memory depends on besides layout and stage.
 
-    states: int
-    decoder: int
-    tower: int
-    loss: int
-    views: tuple[int, int]
+    weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation.
+    """
 
-    @property
-    def total(self) -> int:
-        """Decoder and tower do not compute at once, but what they keep lies there together."""
-        return self.states + self.decoder + self.tower + self.loss
+    model: ModelConfig
+    kernels: Kernels
+    recompute: RecomputeConfig
+    load: Load
+    num_microbatches: int
+    weight_bytes: int
+    distributed_optimizer: bool = True
+    loss_chunk: int | None = None
+    reserve: int = 0
 
 
-def memory_of_stage(config: RunConfig, layout: Layout, chunks: list[Stage], weight_bytes: int) -> RankMemory:
-    """The rank of a pipeline stage that has most. chunks: the stage's; weight_bytes: 2 (bf16) or 4."""
-    parallel, model = config.parallel, config.model
-    states = bytes_of_stage(model, layout, chunks, weight_bytes, parallel.use_distributed_optimizer)
-    has_vision, has_head = any(c.has_vision for c in chunks), any(c.has_head for c in chunks)
-    views = views_of_row(config)
-    return RankMemory(
-        states=states.total,
-        decoder=_decoder_bytes(config, layout, chunks, weight_bytes),
-        tower=_tower_bytes(config, layout, views, weight_bytes) if has_vision else 0,
-        loss=_loss_bytes(config, layout, weight_bytes) if has_head else 0,
-        views=views,
+def setting_of(
+    config: RunConfig, layout: Layout, load: Load, weight_bytes: int, on_cpu: bool, reserve: int = 0
+) -> Setting:
+    """The setting of a run in a layout."""
+    parallel = config.parallel
+    return Setting(
+        model=config.model,
+        kernels=kernels_of(parallel.layer_backend, weight_bytes, on_cpu, parallel.cp_comm_type),
+        recompute=config.recompute,
+        load=load,
+        num_microbatches=num_microbatches(config.train, layout.dp),
+        weight_bytes=weight_bytes,
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        loss_chunk=config.train.loss_chunk_tokens,
+        reserve=reserve,
     )
 
 
-def views_of_row(config: RunConfig) -> tuple[int, int]:
-    """(global views, crops) of the row with most: as many as its tokens and the limits of packing allow."""
-    vision, packing, left = config.model.vision, config.data.packing, config.data.seq_length
-    most_globals, most_crops = (
-        (packing.max_global_views, packing.max_crops) if packing.enabled else (None, None)
-    )
-    crops = left // vision.crop_tokens if most_crops is None else min(most_crops, left // vision.crop_tokens)
-    left -= crops * vision.crop_tokens
-    globals_ = left // vision.global_tokens
-    return (globals_ if most_globals is None else min(most_globals, globals_)), crops
+def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> dict[str, int]:
+    """Bytes by `PARTS` on the fullest rank of a pipeline stage.
+
+    tower, decoder, loss: activations of all micro-batches in flight. pipeline: their hidden states at the borders of
+    the chunks, which the schedule keeps. workspace: the largest thing that comes and goes: a recomputed group of
+    layers, a recomputed chunk of views, the logits of a chunk of the loss, the gradient of an MLP's inner activations,
+    or all of a row's K and V where they are gathered.
+    """
+    fixed = bytes_of_stage(setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer)
+    coords = _fullest(setting, layout, chunks[0].pp_rank)
+    kept = [
+        kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)
+        for stage in chunks
+    ]
+    flights = peaks_in_flight(layout.pp, layout.vpp, chunks[0].pp_rank, setting.num_microbatches)
+    sums = [sum(part.values()) for part in kept]
+    flight = max(flights, key=lambda counts: sum(n * one for n, one in zip(counts, sums)))
+    active = {
+        part: sum(n * one[part] for n, one in zip(flight, kept)) for part in ("vision", "decoder", "loss")
+    }
+    return {
+        "weights": fixed.weights,
+        "gradients": fixed.gradients,
+        "optimizer": fixed.optimizer,
+        "tower": active["vision"],
+        "decoder": active["decoder"],
+        "loss": active["loss"],
+        "pipeline": _borders(setting, layout, chunks, flight),
+        "workspace": workspace(setting, layout, chunks),
+        "reserve": setting.reserve,
+    }
 
 
-def microbatches_in_flight(layout: Layout, pp_rank: int) -> float:
-    """Micro-batches, each of all chunks of the stage, whose activations a stage keeps at once (1F1B, interleaved)."""
+def _fullest(setting: Setting, layout: Layout, pp_rank: int) -> Coords:
+    """The rank of the stage with the most patches to encode."""
+    load = setting.load
+    if pp_rank or not load.crops + load.globals:
+        return Coords(0, 0, 0, pp_rank)
+    share = heaviest_share(setting.model, load.crops, load.globals, layout.vision_size)
+    width = layout.tp if layout.placement == "data" else 1
+    return Coords(share % width, share // width, 0, 0)
+
+
+def _borders(setting: Setting, layout: Layout, chunks: Sequence[Stage], flight: Sequence[int]) -> int:
+    """Hidden states received and sent that the schedule keeps until the backward pass."""
     if layout.pp == 1:
-        return 1.0
-    if layout.vpp == 1:
-        return float(layout.pp - pp_rank)
-    return (2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp + 1) / layout.vpp
-
-
-def _decoder_bytes(config: RunConfig, layout: Layout, chunks: list[Stage], weight_bytes: int) -> int:
-    text, recompute = config.model.text, config.recompute
-    tokens = config.train.micro_batch_size * config.data.seq_length // layout.cp
-    sharded = tokens // (layout.tp if layout.sp else 1)
-    queries, keys = text.num_attention_heads * text.kv_channels, text.num_query_groups * text.kv_channels
-    # Inputs and results of two norms (computed in fp32); q, k, v, q and k after their norm and after the rotation,
-    # the result of attention; gate, up, silu(gate) and their product.
-    norms = sharded * text.hidden_size * 2 * (FP32 + weight_bytes)
-    inner = tokens * weight_bytes * (4 * queries + 4 * keys + 4 * text.ffn_hidden_size) // layout.tp
-    gathered = 2 * tokens * text.hidden_size * weight_bytes  # under sequence parallelism, and its gradient
-    layer, boundary = norms + inner, sharded * text.hidden_size * weight_bytes
-    layers = sum(len(chunk.layers) for chunk in chunks)
-    flying = microbatches_in_flight(layout, chunks[0].pp_rank)
-    if not layers:
         return 0
-    if recompute.decoder == "full":
-        group = min(recompute.decoder_num_layers, layers)
-        return int(flying * boundary * -(-layers // group)) + group * layer + gathered
-    return int(flying * layers * layer) + gathered
-
-
-def _tower_bytes(config: RunConfig, layout: Layout, views: tuple[int, int], weight_bytes: int) -> int:
-    """Of the rank with most views; crops go through the tower together, then global views."""
-    vision, recompute, model = config.model.vision, config.recompute, config.model
-    split = layout.tp if layout.placement == "tensor" else 1
-    rows = config.train.micro_batch_size
-    globals_, crops = (-(-count * rows // layout.vision_size) for count in views)
-    patches = globals_ * vision.global_grid**2, crops * vision.crop_grid**2
-    width, inner = vision.hidden_size, vision.ffn_hidden_size
-    # As above: norms; q, k, v, their rotation, the result; fc1, its sigmoid, their product.
-    whole = width * (2 * (FP32 + weight_bytes) + 2 * weight_bytes)
-    block = whole + weight_bytes * (6 * width + 3 * inner) // split
-    working = max(patches) * block
-    if model.freeze_vision:
-        return working
-    flying = microbatches_in_flight(layout, 0)
-    # Downsamplers: neighbourhoods of 9, at a quarter and at a sixteenth of the patches.
-    downsamplers = sum(patches) * weight_bytes * 9 * (width // 4 + 2 * width // 16)
-    if recompute.vision == "full":
-        groups = -(-vision.num_layers // recompute.vision_num_layers)
-        kept = sum(patches) * width * weight_bytes * groups
-        return int(flying * (kept + downsamplers)) + recompute.vision_num_layers * working
-    return int(flying * (sum(patches) * block * vision.num_layers + downsamplers)) + working
-
-
-def _loss_bytes(config: RunConfig, layout: Layout, weight_bytes: int) -> int:
-    """Hidden states of the row, three arrays of a chunk's logits, and the fp32 sum of the head's gradient."""
-    text = config.model.text
-    words = padded_to(text.vocab_size, layout.tp) // layout.tp
-    tokens = config.train.micro_batch_size * config.data.seq_length // layout.cp
-    chunk = min(tokens, loss_chunk_tokens(words, config.train.loss_chunk_tokens))
-    return (
-        2 * tokens * text.hidden_size * weight_bytes
-        + 3 * FP32 * chunk * words
-        + FP32 * words * text.hidden_size
+    tokens = setting.load.rows * setting.load.tokens // layout.cp // (layout.tp if layout.sp else 1)
+    one = tokens * setting.model.text.hidden_size * setting.kernels.element
+    return sum(
+        count * one * ((not stage.has_embedding) + (not stage.has_head))
+        for count, stage in zip(flight, chunks)
     )
+
+
+def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
+    """Bytes of the largest thing that comes and goes within a micro-batch."""
+    model, load, element = setting.model, setting.load, setting.kernels.element
+    text, recompute = model.text, setting.recompute
+    local = load.rows * load.tokens // layout.cp
+    most_layers = max(len(stage.layers) for stage in chunks)
+    found = [0]
+    if most_layers:
+        inner = 2 * local * 2 * text.ffn_hidden_size // layout.tp * element
+        if layout.cp > 1 and not setting.kernels.ring:
+            inner = max(inner, _gathered_keys(setting, layout))
+        found.append(inner)
+    if most_layers and recompute.decoder == "full":
+        one = layer_kept(text, layout, setting.kernels, load, False)
+        found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1])
+    if any(stage.has_vision for stage in chunks):
+        found.append(_passing_tower(setting, layout))
+    if any(stage.has_head for stage in chunks):
+        words = padded_to(text.vocab_size, layout.tp) // layout.tp
+        chunk = min(loss_chunk_tokens(words, setting.loss_chunk), local)
+        rows = 2 * local * text.hidden_size * element  # all hidden states and their gradient
+        found.append(chunk * words * (4 + 2 * element) + rows)
+    return max(found)
+
+
+def _gathered_keys(setting: Setting, layout: Layout) -> int:
+    """Bytes of K and V of whole rows in the backward pass: as gathered, their gradient, and one call's part of both."""
+    text, load = setting.model.text, setting.load
+    groups = max(text.num_query_groups // layout.tp, 1)
+    return 4 * load.rows * load.tokens * 2 * groups * text.kv_channels * setting.kernels.element
+
+
+def _passing_tower(setting: Setting, layout: Layout) -> int:
+    """Bytes of the tower that come and go, for the larger of the two kinds of views: one recomputed group of blocks, a
+    recomputed chunk of views with what it keeps meanwhile, one block of a frozen tower."""
+    model, load, recompute = setting.model, setting.load, setting.recompute
+    vision, element = model.vision, setting.kernels.element
+    split = layout.tp if layout.placement == "tensor" else 1
+    group = min(recompute.vision_num_layers, vision.num_layers) if recompute.vision == "full" else 0
+    sizes = [0]
+    for kind, count in zip((CROP, GLOBAL), heaviest(model, load, layout.vision_size)):
+        if not count:
+            continue
+        chunk, tokens = recompute.vision_chunk_views, (vision.crop_tokens, vision.global_tokens)[kind]
+        together = count if chunk is None else min(chunk, count)
+        block = tower_kept(vision, kind, together, split, setting.kernels, 0) // vision.num_layers
+        passing = block if model.freeze_vision else group * block
+        if chunk is not None and not model.freeze_vision:
+            passing += tower_kept(vision, kind, together, split, setting.kernels, group)
+            passing += together * tokens * vision.output_size * element
+        sizes.append(passing)
+    return max(sizes)

@@ -10,10 +10,12 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import LrPhase, RunConfig
 from megatron_vl.plan.budget import num_microbatches, tokens_per_step, total_steps, total_tokens
 from megatron_vl.plan.cost import parameters, sample_flops, tower_and_decoder, train_flops, view_flops
+from megatron_vl.plan.kept import fullest_load
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.memory import memory_of_stage
-from megatron_vl.plan.shares import bytes_of_stage, parameters_of_stage
+from megatron_vl.plan.memory import PARTS, memory_of_stage, setting_of
+from megatron_vl.plan.shares import parameters_of_stage
 from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 GRID_LINES = 16
@@ -163,21 +165,23 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
 
 
 def memory_lines(config: RunConfig, layout: Layout) -> list[str]:
-    """Planned bytes per rank of each stage at the height of a step (`plan.memory`)."""
-    parallel = config.parallel
+    """Planned bytes of the fullest rank of each stage (`plan.memory`), for rows with as many views as they may hold."""
+    parallel, load = config.parallel, fullest_load(config)
     stages = plan_stages(
         config.model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers
     )
-    planned = [memory_of_stage(config, layout, chunks, weight_format(config)[0]) for chunks in stages]
-    globals_, crops = planned[0].views
+    setting = setting_of(config, layout, load, weight_format(config)[0], parallel.device == "cpu")
+    planned = [memory_of_stage(setting, layout, chunks) for chunks in stages]
+    names = [part for part in PARTS if any(memory[part] for memory in planned)]
+    views = f"{load.globals // load.rows} global views and {load.crops // load.rows} crops"
     lines = [
-        f"Memory per rank at the height of a step, planned for rows of {globals_} global views and {crops} crops",
-        f"  {'':<6}{'states':>12}{'decoder':>12}{'tower':>12}{'loss':>12}{'total':>12}",
+        f"Memory per rank at the height of a step, planned for rows of {views}",
+        "  " + " " * 6 + "".join(f"{name:>12}" for name in (*names, "total")),
     ]
-    for rank, need in enumerate(planned):
-        cells = (need.states, need.decoder, need.tower, need.loss, need.total)
+    for rank, memory in enumerate(planned):
+        cells = (*(memory[name] for name in names), sum(memory.values()))
         lines.append(f"  pp{rank:<4}" + "".join(f"{_bytes(cell):>12}" for cell in cells))
-    lines.append("  (states: weights, gradients, optimizer; without the CUDA context and NCCL's buffers)")
+    lines.append("  (without the CUDA context, NCCL's buffers and fragmentation)")
     return lines
 
 

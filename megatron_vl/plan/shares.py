@@ -1,4 +1,4 @@
-"""What each rank of a layout carries: planned FLOPs, parameters and bytes.
+"""What each rank of a layout carries: planned FLOPs and parameters (bytes: `plan/state_bytes.py`).
 
 Placement `data`: the TP x CP ranks of the first stage each encode their own views with the whole tower.
 Placement `tensor`: views are shared out over CP, and every product of the tower is sharded over TP.
@@ -9,21 +9,12 @@ attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from megatron_vl.config.model import ModelConfig
-from megatron_vl.plan.cost import (
-    CONV_TAPS,
-    IMAGE_CHANNELS,
-    PARTS,
-    TOWER_PARTS,
-    decoder_layer_flops,
-    decoder_layer_matrices,
-    view_costs,
-    view_flops,
-)
+from megatron_vl.plan.cost import PARTS, TOWER_PARTS, decoder_layer_flops, view_costs, view_flops
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
+from megatron_vl.plan.tensors import padded_to, weights_of_chunk
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
 
 
@@ -72,76 +63,10 @@ def replica_ranks(layout: Layout) -> Iterator[Coords]:
                 yield Coords(tp=tp, cp=cp, dp=0, pp=pp)
 
 
-@dataclass(frozen=True)
-class RankBytes:
-    """Bytes of one rank that stay for the whole run, without activations and library buffers."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all three."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def bytes_of_stage(
-    model: ModelConfig,
-    layout: Layout,
-    stage_chunks: Sequence[Stage],
-    weight_bytes: int = 2,
-    distributed_optimizer: bool = True,
-) -> RankBytes:
-    """Bytes on each rank of a pipeline stage.
-
-    weight_bytes: 2 (bf16, with an fp32 copy in the optimizer) or 4. Gradients are fp32; Adam keeps two fp32
-    moments. The distributed optimizer shards its state over DP x CP. Frozen parts have neither gradients nor
-    state.
-    """
-    counts = parameters_of_stage(model, layout, stage_chunks)
-    frozen = {
-        "vision": model.freeze_vision,
-        "projector": model.freeze_projector,
-        "decoder": model.freeze_decoder,
-    }
-    trained = sum(count for part, count in counts.items() if not frozen[part])
-    state = 12 if weight_bytes == 2 else 8
-    shards = layout.dp * layout.cp if distributed_optimizer else 1
-    return RankBytes(
-        weights=weight_bytes * sum(counts.values()),
-        gradients=4 * trained,
-        optimizer=-(-state * trained // shards),
-    )
-
-
 def parameters_of_stage(model: ModelConfig, layout: Layout, stage_chunks: Sequence[Stage]) -> dict[str, int]:
     """Parameters that each rank of a pipeline stage holds: `vision`, `projector` and `decoder`."""
-    text, width = model.text, model.text.hidden_size
     counts = {"vision": 0, "projector": 0, "decoder": 0}
-    matrices = decoder_layer_matrices(text)
-    vocabulary = padded_to(text.vocab_size, layout.tp) // layout.tp * width
     for stage in stage_chunks:
-        counts["decoder"] += len(stage.layers) * (matrices // layout.tp + 2 * width + 2 * text.kv_channels)
-        counts["decoder"] += vocabulary * stage.has_embedding + (vocabulary + width) * stage.has_head
-        if stage.has_vision:
-            split = layout.tp if layout.placement == "tensor" else 1
-            counts["vision"] += _tower_parameters(model, split)
-            counts["projector"] += model.vision.output_size * width // split
+        for weight in weights_of_chunk(model, layout, stage):
+            counts[weight.part] += weight.size
     return counts
-
-
-def _tower_parameters(model: ModelConfig, split: int) -> int:
-    """Tower and downsamplers on one rank; matrices and column-parallel biases are cut `split` ways."""
-    vision = model.vision
-    width, inner = vision.hidden_size, vision.ffn_hidden_size
-    cut = 4 * width**2 + 3 * width + 2 * width * inner + inner
-    whole = 2 * width + 6 * width  # biases of the two row-parallel layers; norms and layer scales
-    stem = IMAGE_CHANNELS * vision.patch_size**2 * width // split + vision.global_grid**2 * width + 2 * width
-    downsamplers = (CONV_TAPS * (2 * width**2 + 8 * width**2) + 6 * width) // split
-    return stem + vision.num_layers * (cut // split + whole) + downsamplers
-
-
-def padded_to(size: int, multiple: int) -> int:
-    """`size` rounded up to a multiple."""
-    return -(-size // multiple) * multiple

@@ -1,82 +1,107 @@
-"""The memory plan: what is kept is counted by hand once, and moves the right way with layout and recomputation."""
+"""Memory of a stage: what is in flight, what comes and goes, which rank is the fullest."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_vl.config.mixture import PackingConfig
-from megatron_vl.config.schema import ParallelConfig, PrecisionConfig, RecomputeConfig, RunConfig
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.checks import load_checked_run
-from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.memory import RankMemory, memory_of_stage, microbatches_in_flight, views_of_row
+from megatron_vl.plan.cost import view_costs
+from megatron_vl.plan.kept import Load, fullest_load, heaviest, kept_by_chunk, kernels_of, view_shares
+from megatron_vl.plan.layout import Coords, Layout
+from megatron_vl.plan.loss_chunk import loss_chunk_tokens
+from megatron_vl.plan.memory import PARTS, Setting, memory_of_stage, setting_of, workspace
 from megatron_vl.plan.report import memory_lines
 from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.state_bytes import bytes_of_stage
 
+MODEL = ModelConfig()
+KERNELS = kernels_of("transformer_engine", 2, on_cpu=False)
 EXAMPLES = Path(__file__).parents[2] / "examples"
-GIB = 1 << 30
+BASE = Setting(MODEL, KERNELS, RecomputeConfig(), Load(1, 4096, 6, 1), num_microbatches=16, weight_bytes=2)
 
 
-def planned(config: RunConfig, world_size: int, rank: int = 0) -> RankMemory:
-    layout = Layout.from_config(config.parallel, world_size)
-    stages = plan_stages(config.model.text.num_layers, layout.pp, layout.vpp)
-    return memory_of_stage(config, layout, stages[rank], 2)
+def test_parts_of_every_stage():
+    layout, stages = Layout(pp=4, dp=2), plan_stages(36, 4)
+    found = [memory_of_stage(BASE, layout, chunks) for chunks in stages]
+    assert all(tuple(parts) == PARTS for parts in found)
+    assert [parts["tower"] > 0 for parts in found] == [True, False, False, False]
+    assert [parts["loss"] > 0 for parts in found] == [False, False, False, True]
+    for chunks, parts in zip(stages, found):
+        state = bytes_of_stage(MODEL, layout, chunks)
+        assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (
+            state.weights, state.gradients, state.optimizer,
+        )  # fmt: skip
+    one = kept_by_chunk(MODEL, layout, stages[1][0], KERNELS, BASE.load, BASE.recompute, Coords(0, 0, 0, 1))
+    assert [parts["decoder"] // one["decoder"] for parts in found] == [4, 3, 2, 1]
+    few = [memory_of_stage(replace(BASE, num_microbatches=2), layout, chunks) for chunks in stages]
+    assert [parts["decoder"] // one["decoder"] for parts in few] == [2, 2, 2, 1]
 
 
-def run(recompute=RecomputeConfig(decoder="full", vision="full"), seq_length=32768, packing=None, **parallel):  # noqa: B008
-    config = RunConfig(
-        parallel=ParallelConfig(**parallel), recompute=recompute, precision=PrecisionConfig("bf16")
+def test_interleaving_holds_more():
+    plain = memory_of_stage(BASE, Layout(pp=4), plan_stages(36, 4)[0])
+    twice = memory_of_stage(BASE, Layout(pp=4, vpp=3), plan_stages(36, 4, 3)[0])
+    assert twice["decoder"] > plain["decoder"] and twice["pipeline"] > plain["pipeline"]
+
+
+def test_recomputation_takes_activations_off():
+    layout, chunks = Layout(tp=2, sp=True), plan_stages(36, 1)[0]
+    full = replace(BASE, recompute=RecomputeConfig(decoder="full", vision="full"))
+    none, less = (memory_of_stage(setting, layout, chunks) for setting in (BASE, full))
+    assert less["decoder"] < none["decoder"] / 10 and less["tower"] < none["tower"] / 10
+    groups = replace(full, recompute=replace(full.recompute, decoder_num_layers=6))
+    more = memory_of_stage(groups, layout, chunks)
+    assert more["decoder"] < less["decoder"] and more["workspace"] > less["workspace"]
+
+
+def test_the_loss_needs_one_chunk_of_logits():
+    chunks, layout = plan_stages(36, 2)[1], Layout(pp=2)
+    words, tokens = 151_936, 4096
+    expected = loss_chunk_tokens(words) * words * (4 + 2 * 2) + 2 * tokens * 4096 * 2
+    assert workspace(BASE, layout, chunks) == pytest.approx(expected)
+    assert workspace(replace(BASE, loss_chunk=4096), layout, chunks) > 7 * expected
+
+
+def test_the_fullest_rank_has_the_most_patches():
+    load = Load(1, 4096, 5, 1)
+    shares = view_shares(5, 1, 4, view_costs(MODEL))
+    assert sum(crops for crops, _ in shares) == 5 and sum(whole for _, whole in shares) == 1
+    most = heaviest(MODEL, load, 4)
+    patches = [1296 * crops + 2704 * whole for crops, whole in shares]
+    assert 1296 * most[0] + 2704 * most[1] == max(patches)
+
+
+def test_frozen_parts_keep_nothing():
+    frozen = replace(BASE, model=replace(MODEL, freeze_vision=True, freeze_decoder=True))
+    found = memory_of_stage(frozen, Layout(dp=8), plan_stages(36, 1)[0])
+    plain = memory_of_stage(BASE, Layout(dp=8), plan_stages(36, 1)[0])
+    assert found["tower"] < plain["tower"] / 100 and found["decoder"] < plain["decoder"]
+    assert found["gradients"] < plain["gradients"] / 100
+
+
+def test_a_chunk_of_views_is_alive_at_once():
+    layout, chunks = Layout(tp=2, sp=True), plan_stages(36, 1)[0]
+    base = replace(
+        BASE, load=Load(1, 32768, 128, 32), recompute=RecomputeConfig(decoder="full", vision="full")
     )
-    packing = packing or PackingConfig(enabled=True, max_global_views=32, max_crops=128)
-    return replace(config, data=replace(config.data, seq_length=seq_length, packing=packing))
+    ones, eights = (
+        replace(base, recompute=replace(base.recompute, vision_chunk_views=views)) for views in (1, 8)
+    )
+    whole, one, eight = (memory_of_stage(setting, layout, chunks) for setting in (base, ones, eights))
+    assert one["tower"] == eight["tower"] < whole["tower"] / 20
+    assert one["workspace"] <= eight["workspace"] <= whole["workspace"]
+    more = replace(ones, load=Load(1, 32768, 64, 16))
+    assert memory_of_stage(more, layout, chunks)["workspace"] == one["workspace"]
 
 
-TP8 = dict(tensor_model_parallel_size=8, sequence_parallel=True)
-
-
-def test_what_full_recomputation_keeps_is_counted_by_hand():
-    found = planned(run(**TP8), 8)
-    boundaries = 36 * 32768 // 8 * 4096 * 2
-    norms = 32768 // 8 * 4096 * 2 * (4 + 2)
-    inner = 32768 * 2 * (4 * 32 * 128 + 4 * 8 * 128 + 4 * 12288) // 8
-    assert found.decoder == boundaries + norms + inner + 2 * 32768 * 4096 * 2
-    patches = 4 * 52**2 + 16 * 36**2
-    kept = patches * 1536 * 2 * 47 + patches * 2 * 9 * (1536 // 4 + 2 * 1536 // 16)
-    block = 1536 * (2 * (4 + 2) + 2 * 2) + 2 * (6 * 1536 + 3 * 8960)
-    assert found.tower == kept + 16 * 36**2 * block
-    assert found.total == found.states + found.decoder + found.tower + found.loss
-
-
-def test_views_of_the_row_that_has_most():
-    assert views_of_row(run()) == (32, 128)
-    assert views_of_row(run(seq_length=4096)) == (0, 50)
-    assert views_of_row(run(packing=PackingConfig(enabled=True, max_crops=100))) == (145, 100)
-    assert views_of_row(run(packing=PackingConfig(max_crops=1))) == (0, 404), "dense rows know no such limit"
-
-
-@pytest.mark.parametrize(
-    ("layout", "expected"),
-    [
-        (Layout(pp=1), [1]),
-        (Layout(pp=4), [4, 3, 2, 1]),
-        (Layout(pp=2, vpp=2), [2.5, 1.5]),
-    ],
-)
-def test_micro_batches_in_flight(layout, expected):
-    assert [microbatches_in_flight(layout, rank) for rank in range(layout.pp)] == expected
-
-
-def test_less_is_kept_with_more_ranks_and_with_recomputation():
-    tp8 = planned(run(**TP8), 8)
-    none = planned(run(RecomputeConfig(), **TP8), 8)
-    assert none.decoder > 4 * tp8.decoder and none.tower > 10 * tp8.tower and none.states == tp8.states
-    cp4 = planned(run(**TP8, context_parallel_size=4), 32)
-    assert cp4.decoder < tp8.decoder / 3 and cp4.tower < tp8.tower / 2 and cp4.states < tp8.states
-    first, last = (planned(run(**TP8, pipeline_model_parallel_size=2), 16, rank) for rank in (0, 1))
-    assert first.loss == 0 and last.tower == 0 and last.loss == tp8.loss
-    frozen = run(**TP8)
-    frozen = replace(frozen, model=replace(frozen.model, freeze_vision=True))
-    assert planned(frozen, 8).tower < tp8.tower / 2
+def test_gathered_keys_pass():
+    layout, chunks = Layout(cp=32), plan_stages(36, 1)[0]
+    ring = replace(BASE, load=Load(1, 131072))
+    gathered = replace(ring, kernels=kernels_of("transformer_engine", 2, False, "all_gather"))
+    more, less = (memory_of_stage(setting, layout, chunks) for setting in (gathered, ring))
+    assert more["workspace"] > less["workspace"] and more["decoder"] == less["decoder"]
 
 
 @pytest.mark.parametrize(
@@ -90,12 +115,15 @@ def test_less_is_kept_with_more_ranks_and_with_recomputation():
 def test_the_sft_examples_fit_80_gb_cards_with_a_tenth_free(name, world_size, steps, warm):
     loaded = load_checked_run(str(EXAMPLES / "sft" / f"{name}.yaml"), [], None, world_size)
     config = loaded.config
-    assert planned(config, world_size).total < 0.9 * 80e9
+    layout = Layout.from_config(config.parallel, world_size)
+    setting = setting_of(config, layout, fullest_load(config), weight_bytes=2, on_cpu=False)
+    for chunks in plan_stages(config.model.text.num_layers, layout.pp, layout.vpp):
+        assert sum(memory_of_stage(setting, layout, chunks).values()) < 0.9 * 80e9
     per_step = config.train.global_batch_size * config.data.seq_length
     assert config.train.global_batch_size == 32 and config.schedule.warmup_tokens == warm * per_step
     assert -(-config.schedule.total_tokens // per_step) == steps
     assert config.data.packing.enabled and config.data.packing.overlong == "split_turns"
-    lines = memory_lines(config, Layout.from_config(config.parallel, world_size))
+    lines = memory_lines(config, layout)
     assert lines[0].startswith("Memory per rank at the height of a step, planned for rows of")
 
 

@@ -1,0 +1,116 @@
+"""What a rank runs on: memory, rates of work and of links. Nominal values, or measured ones from a file.
+
+Peaks, memory and links are from NVIDIA's data sheets of the SXM modules in HGX / DGX nodes of eight. Efficiencies and
+latencies are assumptions, chosen so that published bf16 figures of 8B decoders on H100 come out (spec of this
+project: 40-50% MFU); none was measured here. `--calibrate FILE` replaces any of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from megatron_vl.errors import ConfigError
+from megatron_vl.plan.cost import PEAK_FLOPS
+
+GB, GIB = 10**9, 1 << 30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device. Rates per second and rank; links are one direction.
+
+    memory: bytes that a process may use, 0 = no limit is known. matmul_flops, attention_flops: reached, not peak, and
+    half of it with `half_rows` tokens per rank and micro-batch.
+    element_bytes: memory traffic of element-wise work. intra_bytes: link inside a node; inter_bytes: a rank's own
+    share of the links between nodes. collective_seconds, transfer_seconds: latency of a collective inside a node and
+    of a message between two ranks; inter_seconds: of a collective between nodes. layer_seconds: fixed cost of one
+    layer's forward pass (launches). processors: cores that all ranks of a node share, 0 = every rank has its own
+    device. reserve: bytes that libraries, the context and fragmentation take.
+    """
+
+    name: str
+    memory: int
+    peak_flops: float
+    matmul_flops: float
+    attention_flops: float
+    half_rows: float
+    element_bytes: float
+    node_ranks: int
+    intra_bytes: float
+    inter_bytes: float
+    collective_seconds: float
+    inter_seconds: float
+    transfer_seconds: float
+    layer_seconds: float
+    processors: int
+    reserve: int
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks are processes that share cores."""
+        return self.processors > 0
+
+
+def _gpu(name: str, memory: int, peak: float, bandwidth: float, link: float, network: float) -> Device:
+    return Device(
+        name=name, memory=memory, peak_flops=peak, matmul_flops=0.62 * peak, attention_flops=0.45 * peak, half_rows=192,
+        element_bytes=0.75 * bandwidth, node_ranks=8, intra_bytes=0.75 * link, inter_bytes=0.8 * network,
+        collective_seconds=12e-6, inter_seconds=40e-6, transfer_seconds=15e-6, layer_seconds=0.0, processors=0,
+        reserve=4 * GIB,
+    )  # fmt: skip
+
+
+DEVICES: dict[str, Device] = {
+    "H100": _gpu("H100", 79 * GIB, PEAK_FLOPS["H100"]["bf16"], 3.35e12, 450 * GB, 50 * GB),
+    "H200": _gpu("H200", 139 * GIB, PEAK_FLOPS["H200"]["bf16"], 4.8e12, 450 * GB, 50 * GB),
+    "A100": _gpu("A100", 79 * GIB, 312e12, 2.039e12, 300 * GB, 25 * GB),
+    # a laptop's or a test machine's core with torch in fp32: order of magnitude only
+    "CPU": Device(
+        name="CPU", memory=0, peak_flops=60e9, matmul_flops=40e9, attention_flops=15e9, half_rows=8,
+        element_bytes=6 * GB, node_ranks=1024, intra_bytes=1.5 * GB, inter_bytes=1 * GB, collective_seconds=250e-6,
+        inter_seconds=500e-6, transfer_seconds=150e-6, layer_seconds=1.2e-3, processors=2, reserve=GIB // 2,
+    ),
+}  # fmt: skip
+
+
+def device_of(name: str, calibration: str | None = None) -> Device:
+    """The device by its name in `DEVICES`, with the values of a calibration file put in.
+
+    calibration: JSON object of field names of `Device` (not `name`) and numbers; other keys of the file are refused.
+    Raises ConfigError.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"gpu = {name}: no such table; choose one of {', '.join(DEVICES)}")
+    device = DEVICES[name]
+    if calibration is None:
+        return device
+    return replace(device, **_measured(Path(calibration)))
+
+
+def _measured(path: Path) -> Mapping[str, float]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"calibrate = {path}: cannot be read as JSON ({error}); give the benchmark's file"
+        ) from error
+    kinds = {
+        field.name: int if field.type == "int" else float for field in fields(Device) if field.name != "name"
+    }
+    if not isinstance(found, dict):
+        raise ConfigError(f"calibrate = {path}: must be an object of names and numbers")
+    for key, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (
+            key not in kinds
+            or not number
+            or value < 0
+            or (value == 0 and kinds[key] is float and "seconds" not in key)
+        ):
+            raise ConfigError(
+                f"calibrate = {path}: {key} = {value}: must be a positive number for one of {', '.join(kinds)}"
+            )
+    return {key: kinds[key](value) for key, value in found.items()}

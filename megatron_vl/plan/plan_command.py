@@ -1,0 +1,133 @@
+"""The `plan` command: memory and step time of one layout; and the search of `tools/plan_parallelism.py`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_vl.config.load import load_run
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.errors import ConfigError, ConfigErrors, Problem
+from megatron_vl.plan.budget import num_microbatches
+from megatron_vl.plan.candidates import Candidate
+from megatron_vl.plan.checks import load_checked_run
+from megatron_vl.plan.command import split_items
+from megatron_vl.plan.devices import DEVICES, GIB, device_of
+from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.model_checks import check_model
+from megatron_vl.plan.plan_lines import answer_lines, question_lines, verdict_lines
+from megatron_vl.plan.search import SHOWN, Planner, Question
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks one layout. Returns 0, or 1 when it does not fit. Raises ConfigErrors when it is not legal."""
+    arguments = parser(
+        "python -m megatron_vl plan", "Predict the memory and the step time of a run's layout; start nothing."
+    ).parse_intermixed_args(argv)
+    path, overrides = source(arguments)
+    world = arguments.gpus
+    if world is None:
+        world = load_run(path, overrides, arguments.hf).config.parallel.model_parallel_size
+    config = load_checked_run(path, overrides, arguments.hf, world).config
+    planner = Planner(question(arguments, config, world))
+    verdict = planner.judge(candidate_of(config, world))
+    print("\n".join([*question_lines(planner.question), *verdict_lines(planner, verdict)]))
+    sys.stdout.flush()
+    return 0 if verdict.fits else 1
+
+
+def search_main(argv: Sequence[str]) -> int:
+    """Prints the ranked table. Returns 0, or 1 when nothing fits."""
+    options = parser(
+        "plan_parallelism.py", "Rank the legal layouts of a run by predicted step time; start nothing."
+    )
+    options.add_argument(
+        "--top", type=int, default=SHOWN, metavar="N", help="rows of the table (%(default)s)"
+    )
+    arguments = options.parse_intermixed_args(argv)
+    if arguments.gpus is None:
+        raise ConfigError("--gpus: no number of devices is given; give one")
+    path, overrides = source(arguments)
+    config = load_run(path, overrides, arguments.hf, lambda config: check_model(config.model)).config
+    planner = Planner(question(arguments, config, arguments.gpus))
+    answer = planner.answer(arguments.top)
+    print("\n".join(answer_lines(planner, answer)))
+    sys.stdout.flush()
+    return 0 if answer.best else 1
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """What both commands take."""
+    made = argparse.ArgumentParser(prog=program, description=description)
+    made.add_argument(
+        "items", nargs="*", metavar="FILE | section.key=value", help="YAML file, then overrides"
+    )
+    made.add_argument("--hf", metavar="DIR", help="take the model from the config.json in this folder")
+    made.add_argument(
+        "--gpus", type=int, metavar="N", help="ranks; `plan` takes the fewest where it is not given"
+    )
+    made.add_argument(
+        "--gpu", default="H100", choices=sorted(DEVICES), help="table of the device (%(default)s)"
+    )
+    made.add_argument("--calibrate", metavar="FILE", help="JSON with measured values in place of the table's")
+    made.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory of a device, in place of the table's"
+    )
+    made.add_argument(
+        "--visual-share",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="part of the tokens that are visual (%(default)s)",
+    )
+    made.add_argument(
+        "--document-tokens",
+        type=int,
+        metavar="N",
+        help="length of the documents of packed rows; default: one a row",
+    )
+    return made
+
+
+def source(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """(YAML file, overrides). Raises ConfigErrors without a run."""
+    path, overrides = split_items(arguments.items)
+    if path is None and arguments.hf is None:
+        problem = Problem("config", None, "no run is given", "give a YAML file or --hf DIR", show_value=False)
+        raise ConfigErrors([problem])
+    return path, overrides
+
+
+def question(arguments: argparse.Namespace, config: RunConfig, world_size: int) -> Question:
+    """The question that the command line asks. Raises ConfigError."""
+    if not 0 <= arguments.visual_share < 1:
+        raise ConfigError(f"--visual-share {arguments.visual_share}: must be at least 0 and below 1")
+    if arguments.document_tokens is not None and arguments.document_tokens < 1:
+        raise ConfigError(f"--document-tokens {arguments.document_tokens}: must be at least 1")
+    if arguments.document_tokens is not None and not config.data.packing.enabled:
+        raise ConfigError(
+            "--document-tokens: rows hold one document without data.packing.enabled; leave it out"
+        )
+    if world_size < 1:
+        raise ConfigError(f"--gpus {world_size}: must be at least 1")
+    device = device_of(arguments.gpu, arguments.calibrate)
+    if arguments.memory is not None:
+        if arguments.memory <= 0:
+            raise ConfigError(f"--memory {arguments.memory:g}: must be more than 0 GiB")
+        device = replace(device, memory=round(arguments.memory * GIB))
+    return Question(config, device, world_size, arguments.visual_share, arguments.document_tokens)
+
+
+def candidate_of(config: RunConfig, world_size: int) -> Candidate:
+    """The layout of a checked run."""
+    layout = Layout.from_config(config.parallel, world_size)
+    layers = config.parallel.pipeline_decoder_layers
+    return Candidate(
+        layout,
+        None if layers is None else tuple(layers),
+        config.train.micro_batch_size,
+        num_microbatches(config.train, layout.dp),
+        config.recompute,
+    )

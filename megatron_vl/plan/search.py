@@ -1,0 +1,293 @@
+"""The planner: legal layouts by predicted step time, what fits, and why the others do not.
+
+Times are cheap and memory is not, so layouts are taken in the order of their times, each first without recomputation;
+one that does not fit comes back with the next cheaper setting. Of each (TP, CP, PP) the first that fits is its best.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_vl.config.schema import RecomputeConfig, RunConfig
+from megatron_vl.plan.candidates import Candidate, candidates, divisors
+from megatron_vl.plan.cost import sample_flops, train_flops
+from megatron_vl.plan.devices import GIB, Device
+from megatron_vl.plan.kept import Kernels, Load, kernels_of
+from megatron_vl.plan.layout import Layout
+from megatron_vl.plan.memory import memory_of_stage, setting_of
+from megatron_vl.plan.stages import Stage, balanced_layers, plan_stages
+from megatron_vl.plan.state_bytes import bytes_of_stage
+from megatron_vl.plan.step_time import Rates, StepTime, closing_seconds, rates, step_parts, step_seconds
+from megatron_vl.plan.vision_share import CROP, GLOBAL
+
+IMAGE_CROPS = 6  # of an image of the plan, beside the global view
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be laid out.
+
+    visual_share: part of the tokens that are visual. document_tokens: length of the documents of packed rows, None =
+    one per row.
+    """
+
+    config: RunConfig
+    device: Device
+    world_size: int
+    visual_share: float = 0.0
+    document_tokens: int | None = None
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        params = self.config.precision.params
+        return 4 if params == "fp32" or (params == "auto" and self.device.on_cpu) else 2
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the backend of the run keeps."""
+        parallel = self.config.parallel
+        return kernels_of(parallel.layer_backend, self.element, self.device.on_cpu, parallel.cp_comm_type)
+
+    @property
+    def images_per_row(self) -> int:
+        """Images of a row, rounded; at least one where any share is asked for."""
+        vision = self.config.model.vision
+        tokens = IMAGE_CROPS * vision.crop_tokens + vision.global_tokens
+        wanted = self.visual_share * self.config.data.seq_length / tokens
+        return max(1, round(wanted)) if wanted > 0 else 0
+
+    def load(self, rows: int) -> Load:
+        """A micro-batch of so many rows."""
+        length = self.config.data.seq_length
+        documents: tuple[int, ...] = ()
+        if self.config.data.packing.enabled and self.document_tokens:
+            whole, rest = divmod(length, self.document_tokens)
+            documents = (self.document_tokens,) * whole + ((rest,) if rest else ())
+        images = self.images_per_row * rows
+        return Load(rows, length, IMAGE_CROPS * images, images, documents)
+
+    def model_flops(self) -> float:
+        """Training FLOPs of a step without recomputation, which MFU counts."""
+        load = self.load(1)
+        kinds = [CROP] * load.crops + [GLOBAL] * load.globals
+        forward = sample_flops(self.config.model, kinds, load.documents or (load.tokens,), load.tokens)
+        return self.config.train.global_batch_size * sum(train_flops(self.config.model, forward).values())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the plan says of a layout. memory: bytes by part of the stages that were looked at."""
+
+    candidate: Candidate
+    time: StepTime
+    memory: Mapping[int, Mapping[str, int]]
+    limit: int
+
+    @property
+    def fullest(self) -> int:
+        """The stage with the most bytes."""
+        return max(self.memory, key=lambda stage: sum(self.memory[stage].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest stage."""
+        return sum(self.memory[self.fullest].values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage is within the device's memory."""
+        return not self.limit or self.peak <= self.limit
+
+    @property
+    def reason(self) -> str:
+        """Why it does not fit: the fullest stage and its two largest parts."""
+        parts = self.memory[self.fullest]
+        largest = sorted(parts, key=lambda part: -parts[part])[:2]
+        told = ", ".join(f"{part} {parts[part] / GIB:.1f}" for part in largest)
+        return f"pp{self.fullest} needs {self.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB ({told})"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """best: of each (TP, CP, PP) the fastest that fits, by time. unfit: those of which nothing fits, with the setting
+    that takes the least time and is fullest. refused: (key, rule) of illegal layouts. looked_at: legal layouts."""
+
+    best: Sequence[Verdict]
+    unfit: Sequence[Verdict]
+    refused: Sequence[tuple[str, str]]
+    looked_at: int
+
+
+class Planner:
+    """A question with what its layouts have in common, remembered."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._rates: dict[tuple, Rates] = {}
+        self._closing: dict[tuple, dict[str, float]] = {}
+        self._balanced: dict[int, list[int]] = {}
+
+    def settings(self) -> list[RecomputeConfig]:
+        """Recomputation to choose from, cheapest first; chunks of views and off-load are the run's. Selective
+        recomputation repeats the core attention and saves nothing worth it: no scores, no gathered K and V are kept."""
+        vision = ["none", "full"] if self.question.images_per_row else ["none"]
+        asked = self.question.config.recompute
+        base = RecomputeConfig(offload=asked.offload, vision_chunk_views=asked.vision_chunk_views)
+        return [replace(base, decoder=d, vision=v) for d in ("none", "full") for v in vision]
+
+    def time(self, candidate: Candidate) -> StepTime:
+        """Predicted seconds of a step."""
+        closing = sum(self.closing(candidate).values())
+        return step_seconds(
+            candidate.layout, self.question.device, self.rates(candidate), self.counts(candidate),
+            candidate.num_microbatches, closing,
+        )  # fmt: skip
+
+    def parts(self, candidate: Candidate) -> dict[str, float]:
+        """What the seconds are made of."""
+        return step_parts(
+            candidate.layout, self.rates(candidate), self.counts(candidate), candidate.num_microbatches,
+            self.time(candidate), self.closing(candidate),
+        )  # fmt: skip
+
+    def rates(self, candidate: Candidate) -> Rates:
+        """Seconds of the parts of a micro-batch."""
+        question, layout, recompute = self.question, candidate.layout, candidate.recompute
+        key = (
+            layout.tp, layout.cp, layout.pp, layout.sp, layout.placement, candidate.micro_batch,
+            recompute.decoder, recompute.vision,
+        )  # fmt: skip
+        if key not in self._rates:
+            self._rates[key] = rates(
+                question.config.model, layout, question.device, question.kernels,
+                question.load(candidate.micro_batch), recompute,
+            )  # fmt: skip
+        return self._rates[key]
+
+    def counts(self, candidate: Candidate) -> Sequence[int]:
+        """Decoder layers of each chunk in pipeline order."""
+        if candidate.layers is not None:
+            return candidate.layers
+        chunks = candidate.layout.num_chunks
+        if chunks not in self._balanced:
+            self._balanced[chunks] = balanced_layers(self.question.config.model.text.num_layers, chunks)
+        return self._balanced[chunks]
+
+    def closing(self, candidate: Candidate) -> dict[str, float]:
+        """Seconds behind the last micro-batch."""
+        question, layout = self.question, candidate.layout
+        key = (layout.tp, layout.cp, layout.pp, layout.vpp, layout.placement, candidate.layers)
+        if key not in self._closing:
+            distributed = question.config.parallel.use_distributed_optimizer
+            stages = self.stages(candidate)
+            state = [
+                bytes_of_stage(question.config.model, layout, stages[pp], question.element, distributed)
+                for pp in _can_be_fullest(stages)
+            ]
+            self._closing[key] = closing_seconds(
+                question.config.model, layout, question.device, state, question.element, distributed
+            )
+        return self._closing[key]
+
+    def stages(self, candidate: Candidate) -> list[list[Stage]]:
+        """The stages of a layout."""
+        layout = candidate.layout
+        return plan_stages(
+            self.question.config.model.text.num_layers, layout.pp, layout.vpp, candidate.layers
+        )
+
+    def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
+        """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""
+        question, layout, stages = self.question, candidate.layout, self.stages(candidate)
+        device, load = question.device, question.load(candidate.micro_batch)
+        run = candidate.run(question.config)
+        setting = setting_of(run, layout, load, question.element, device.on_cpu, device.reserve)
+        wanted = range(layout.pp) if every_stage else _can_be_fullest(stages)
+        memory = {pp: memory_of_stage(setting, layout, stages[pp]) for pp in wanted}
+        return Verdict(candidate, self.time(candidate), memory, question.device.memory)
+
+    def answer(self, shown: int = SHOWN) -> Answer:
+        """Looks at every legal layout, until ``shown`` (TP, CP, PP) have one that fits."""
+        refused, queue, looked_at = [], [], 0
+        settings = self.settings()
+        for found in self._candidates():
+            if isinstance(found, tuple):
+                refused.append(found)
+                continue
+            looked_at += 1
+            first = replace(found, recompute=settings[0])
+            queue.append((self.time(first).total, looked_at, 0, first))
+        heapq.heapify(queue)
+        best: dict[tuple, Verdict] = {}
+        unfit: dict[tuple, Verdict] = {}
+        hopeless: dict[tuple, int] = {}
+        while queue and len(best) < shown:
+            _, number, level, candidate = heapq.heappop(queue)
+            layout = candidate.layout
+            sizes = (layout.tp, layout.cp, layout.pp)
+            # more rows of a micro-batch never take less memory
+            kind = (sizes, layout.vpp, layout.sp, layout.placement, candidate.layers)
+            if sizes in best or hopeless.get(kind, candidate.micro_batch + 1) <= candidate.micro_batch:
+                continue
+            if level == 0 and len(settings) > 1:
+                least = self.judge(replace(candidate, recompute=settings[-1]), every_stage=False)
+                if not least.fits:
+                    hopeless[kind] = candidate.micro_batch
+                    self._keep_smaller(unfit, sizes, least)
+                    continue
+            verdict = self.judge(candidate, every_stage=False)
+            if verdict.fits:
+                best[sizes] = self.judge(candidate)
+            elif level + 1 < len(settings):
+                later = replace(candidate, recompute=settings[level + 1])
+                heapq.heappush(queue, (self.time(later).total, number, level + 1, later))
+            else:
+                self._keep_smaller(unfit, sizes, verdict)
+        left = [verdict for sizes, verdict in unfit.items() if sizes not in best]
+        return Answer(list(best.values()), left, refused, looked_at)
+
+    def _candidates(self) -> Iterator[Candidate | tuple[str, str]]:
+        config, device, world = self.question.config, self.question.device, self.question.world_size
+        return candidates(config, world, min(device.node_ranks, world), self.relief())
+
+    def relief(self) -> dict[tuple[int, int, int, str], float]:
+        """Decoder layers that the tower costs, by (tp, cp, pp, placement)."""
+        question, found = self.question, {}
+        if not question.images_per_row:
+            return found
+        limit = min(question.device.node_ranks, question.world_size)
+        for tp in divisors(question.world_size, limit):
+            for cp in divisors(question.world_size // tp, question.config.data.seq_length):
+                for placement in ("data", "tensor") if tp > 1 else ("data",):
+                    layout = Layout(tp, cp, question.world_size // tp // cp, 1, 1, tp > 1, placement)
+                    try:
+                        one = rates(
+                            question.config.model, layout, question.device, question.kernels, question.load(1),
+                            RecomputeConfig(),
+                        )  # fmt: skip
+                    except ZeroDivisionError:
+                        continue
+                    for pp in divisors(
+                        question.world_size // tp // cp, question.config.model.text.num_layers + 2
+                    ):
+                        found[tp, cp, pp, placement] = one.tower.total / one.layer.total
+        return found
+
+    @staticmethod
+    def _keep_smaller(unfit: dict[tuple, Verdict], sizes: tuple, verdict: Verdict) -> None:
+        """Of what does not fit, the nearest to fitting is told."""
+        if sizes not in unfit or verdict.peak < unfit[sizes].peak:
+            unfit[sizes] = verdict
+
+
+def _can_be_fullest(stages: Sequence[Sequence[Stage]]) -> list[int]:
+    """Stages with everything that others of the same layers have, and more in flight: the first, the last, and of
+    those between the first one with the most layers."""
+    last = len(stages) - 1
+    middle = sorted(range(1, last), key=lambda pp: (-sum(len(chunk.layers) for chunk in stages[pp]), pp))[:1]
+    ahead = [1] if last > 1 and middle != [1] else []
+    return sorted({0, last, *middle, *ahead})

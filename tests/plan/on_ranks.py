@@ -1,0 +1,162 @@
+"""What the planner's tests build on the ranks of the shared world, to hold the plan against."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vl.config.schema import RunConfig
+from megatron_vl.model.step3_vl import StageInputs
+from megatron_vl.parity.reference import Batches, micro_batches
+from megatron_vl.plan.layout import Coords
+from megatron_vl.train.build import Parts
+from megatron_vl.train.step import stage_inputs, train_step, update
+from tests.model.on_ranks import build_parts
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds: names and elements of its weights by chunk, and bytes."""
+
+    coords: Coords
+    weights: list[list[tuple[str, int]]]
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def held_on_rank(config: RunConfig) -> Held:
+    """Bytes of weights, gradients and optimizer after one step with zero gradients."""
+    parts = build_parts(config, with_optimizer=True)
+    update(parts, 0.0)
+    chunks = [chunk.module for chunk in parts.chunks]
+    buffers = [buffer for chunk in parts.chunks for buffer in chunk.buffers]
+    return Held(
+        parts.runtime.coords,
+        [[(name, p.numel()) for name, p in chunk.named_parameters()] for chunk in chunks],
+        storages([p for chunk in chunks for p in chunk.parameters()]),
+        storages(buffer.grad_data for buffer in buffers),
+        storages(optimizer_tensors(parts)) - shared(parts),
+    )
+
+
+def optimizer_tensors(parts: Parts) -> list[torch.Tensor]:
+    """Weights that the optimizer steps, and its state."""
+    found = []
+    for part in getattr(parts.optimizer, "chained_optimizers", [parts.optimizer]):
+        found += [p for group in part.optimizer.param_groups for p in group["params"]]
+        found += [t for state in part.optimizer.state.values() for t in state.values()]
+    return found
+
+
+def shared(parts: Parts) -> int:
+    """Bytes of those storages of the optimizer that are the model's own."""
+    own = {p.untyped_storage().data_ptr() for chunk in parts.chunks for p in chunk.module.parameters()}
+    return storages(t for t in optimizer_tensors(parts) if t.untyped_storage().data_ptr() in own)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes behind the tensors, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward pass of one micro-batch keeps on a rank, by chunk and part."""
+
+    coords: Coords
+    chunks: list[dict[str, int]]
+
+
+class _Saved:
+    """Stands for a tensor that autograd has saved; gone when the graph lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, part: str) -> None:
+        self.tensor, self.part = tensor, part
+
+
+def kept_on_rank(config: RunConfig, batches: Batches) -> Kept:
+    """Run every chunk forward once, alone; stages behind the first get random hidden states."""
+    parts = build_parts(config)
+    batch = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)[0]
+    inputs = stage_inputs(batch, parts.runtime.device)
+    return Kept(parts.runtime.coords, [kept_by_chunk(parts, chunk.module, inputs) for chunk in parts.chunks])
+
+
+def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> dict[str, int]:
+    """Bytes of the saved tensors still alive at the end, each storage once, without weights."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    living: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    part = ["decoder"]
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor, part[-1])
+        living.add(saved)
+        return saved
+
+    if not net.pre_process:
+        layout, width = parts.runtime.layout, parts.config.model.text.hidden_size
+        tokens = inputs.input_ids.shape[1] // layout.cp // (layout.tp if layout.sp else 1)
+        shape = (tokens, inputs.input_ids.shape[0], width)
+        net.set_input_tensor(torch.randn(shape, dtype=parts.dtype).requires_grad_())
+    else:
+        plain = net.encode_views
+
+        def encode(given: StageInputs) -> torch.Tensor | None:
+            part.append("vision")
+            return plain(given)
+
+        net.encode_views = encode
+        net.language_model.register_forward_pre_hook(lambda module, args: part.append("decoder"))
+    if net.post_process:
+        net.language_model.decoder.final_layernorm.register_forward_pre_hook(
+            lambda module, args: part.append("loss")
+        )
+    net.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        out = net(inputs)
+    found: dict[int, tuple[str, int]] = {}
+    for saved in living:
+        storage = saved.tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (saved.part, storage.nbytes())
+    assert out.requires_grad
+    return {
+        name: sum(size for other, size in found.values() if other == name)
+        for name in ("vision", "decoder", "loss")
+    }
+
+
+def one_step(config: RunConfig, batches: Batches) -> tuple[float, float]:
+    """(loss, gradient norm) of one optimizer step."""
+    parts = build_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    result = train_step(parts, feed, 1e-3)
+    return result.loss, result.grad_norm
+
+
+def build_error(config: RunConfig) -> str:
+    """What building raises on this rank, "" for nothing."""
+    try:
+        build_parts(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def step_seconds(config: RunConfig, batches: Batches, steps: int) -> list[tuple[float, float]]:
+    """(wall seconds, processor seconds of this rank) of each step, behind one that warms up."""
+    parts = build_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    train_step(parts, feed, 1e-3)
+    taken = []
+    for _ in range(steps):
+        parts.runtime.groups.replica.barrier().wait()
+        wall, own = time.perf_counter(), time.process_time()
+        train_step(parts, feed, 1e-3)
+        taken.append((time.perf_counter() - wall, time.process_time() - own))
+    return taken

@@ -1,0 +1,53 @@
+"""Tables of devices, and measured values in their place."""
+
+import json
+
+import pytest
+
+from megatron_vl.errors import ConfigError
+from megatron_vl.plan.cost import PEAK_FLOPS
+from megatron_vl.plan.devices import DEVICES, device_of
+
+
+def test_tables():
+    assert set(DEVICES) == {"H100", "H200", "A100", "CPU"}
+    for name in ("H100", "H200"):
+        assert DEVICES[name].peak_flops == PEAK_FLOPS[name]["bf16"]
+    assert DEVICES["H200"].memory > DEVICES["H100"].memory
+    assert DEVICES["CPU"].on_cpu and not DEVICES["A100"].on_cpu
+    for device in DEVICES.values():
+        assert device.attention_flops < device.matmul_flops < device.peak_flops
+
+
+def test_measured_values_replace_nominal_ones(tmp_path):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"matmul_flops": 7.0e14, "node_ranks": 4, "layer_seconds": 0}))
+    device = device_of("H100", str(file))
+    assert (device.matmul_flops, device.node_ranks, device.layer_seconds) == (7.0e14, 4, 0.0)
+    assert device.attention_flops == DEVICES["H100"].attention_flops
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "must be an object"),
+        ('{"matmul_flop": 1.0}', "matmul_flop = 1.0"),
+        ('{"matmul_flops": 0}', "must be a positive number"),
+        ('{"name": "B200"}', "name = B200"),
+        ('{"memory": "80G"}', "memory = 80G"),
+        ('{"intra_bytes": true}', "intra_bytes = True"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, content, told):
+    file = tmp_path / "measured.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=told.replace("(", r"\(")):
+        device_of("A100", str(file))
+
+
+def test_an_unknown_device_or_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="choose one of H100, H200, A100, CPU"):
+        device_of("V100")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        device_of("H100", str(tmp_path / "nothing.json"))

@@ -1,0 +1,126 @@
+"""Activations: the plan against the tensors that autograd has saved at the end of a forward pass."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vl.config.mixture import PackingConfig
+from megatron_vl.config.presets import STEP3_VL_TINY
+from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of
+from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.vision_share import CROP, GLOBAL
+from tests.fixtures.small import make_documents
+from tests.model.on_ranks import run_of
+from tests.plan.on_ranks import kept_on_rank
+
+MODEL = replace(
+    STEP3_VL_TINY,
+    vision=replace(STEP3_VL_TINY.vision, num_layers=2),
+    text=replace(STEP3_VL_TINY.text, num_layers=4, ffn_hidden_size=320),
+)
+FROZEN = replace(MODEL, freeze_vision=True, freeze_decoder=True)
+NONE = RecomputeConfig()
+SELECTIVE = RecomputeConfig(decoder="selective")
+CHUNKS = RecomputeConfig(vision="full", vision_chunk_views=1)
+FULL = RecomputeConfig(decoder="full", vision="full", vision_num_layers=2)
+
+# layout, placement, packed, recompute, number format, model
+CASES = [
+    ("1", "data", False, NONE, "fp32", MODEL),
+    ("1", "data", True, NONE, "bf16", MODEL),
+    ("1", "data", False, FULL, "bf16", MODEL),
+    ("1", "data", False, NONE, "fp32", FROZEN),
+    ("tp2", "data", False, SELECTIVE, "fp32", MODEL),
+    ("tp4sp", "tensor", False, NONE, "bf16", MODEL),
+    ("cp2", "data", True, NONE, "fp32", MODEL),
+    ("cp2tp2sp", "tensor", False, NONE, "bf16", MODEL),
+    ("cp4", "data", False, SELECTIVE, "bf16", MODEL),
+    ("pp4", "data", False, FULL, "fp32", MODEL),
+    ("pp2vpp2", "data", False, NONE, "fp32", MODEL),
+    ("dp2tp2pp2", "data", False, NONE, "bf16", MODEL),
+    ("tp2sp", "data", False, CHUNKS, "bf16", MODEL),
+    ("cp2agtp2", "tensor", True, CHUNKS, "fp32", FROZEN),
+]
+
+
+@pytest.mark.parametrize(("name", "placement", "packed", "recompute", "dtype", "model"), CASES)
+def test_live_activations(world, name, placement, packed, recompute, dtype, model):
+    docs = make_documents(model, [([(2, 2), (0, 0)], 60), ([(1, 3)], 140)])
+    config, batches, layout = run_of(model, name, placement, docs, packed=packed, recompute=recompute)
+    config = replace(config, precision=PrecisionConfig(params=dtype))
+    stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp)
+    kernels = kernels_of("torch", {"fp32": 4, "bf16": 2}[dtype], on_cpu=True)
+    for live in world.run(layout.world_size, kept_on_rank, config, batches):
+        load = load_of(batches, live.coords.dp)
+        for stage, found in zip(stages[live.coords.pp], live.chunks):
+            planned = kept_by_chunk(model, layout, stage, kernels, load, recompute, live.coords)
+            for part, measured in found.items():
+                assert planned[part] == pytest.approx(measured, rel=0.03, abs=8000), (
+                    live.coords,
+                    part,
+                    stage,
+                )
+            assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.02)
+
+
+def load_of(batches, dp):
+    """The first micro-batch of a replica as the plan sees it; the pieces of a packed row are padded."""
+    docs = batches.rows[dp][0][0]
+    kinds = [kind for doc in docs for kind in doc.kinds]
+    lengths = [len(doc.ids) for doc in docs]
+    views = (kinds.count(CROP), kinds.count(GLOBAL))
+    if not batches.packed:
+        return Load(1, batches.seq_length, *views)
+    return Load(1, batches.seq_length, *views, (*lengths, batches.seq_length - sum(lengths)))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_dense_rows_of_a_micro_batch(world, dtype):
+    docs = make_documents(MODEL, [([(0, 0)], 150), ([(1, 2)], 120)])
+    config, batches, layout = run_of(MODEL, "1", "data", docs)
+    config = replace(config, precision=PrecisionConfig(params=dtype))
+    rows = [[[[doc] for doc in docs]]]
+    kernels = kernels_of("torch", {"fp32": 4, "bf16": 2}[dtype], on_cpu=True)
+    (live,) = world.run(1, kept_on_rank, config, replace(batches, rows=rows))
+    kinds = [kind for doc in docs for kind in doc.kinds]
+    load = Load(2, batches.seq_length, kinds.count(CROP), kinds.count(GLOBAL))
+    (stage,) = plan_stages(MODEL.text.num_layers, 1)[0]
+    planned = kept_by_chunk(MODEL, layout, stage, kernels, load, NONE, live.coords)
+    for part, measured in live.chunks[0].items():
+        assert planned[part] == pytest.approx(measured, rel=0.03, abs=8000), part
+
+
+def test_views_of_the_row_that_has_most():
+    def views(seq_length=32768, rows=1, **packing):
+        config = RunConfig(train=TrainConfig(micro_batch_size=rows))
+        data = replace(config.data, seq_length=seq_length, packing=PackingConfig(**packing))
+        load = fullest_load(replace(config, data=data))
+        assert (load.rows, load.tokens) == (rows, seq_length)
+        return load.globals, load.crops
+
+    limits = dict(enabled=True, max_global_views=32, max_crops=128)
+    assert views(**limits) == (32, 128)
+    assert views(4096, **limits) == (0, 50)
+    assert views(enabled=True, max_crops=100) == (145, 100)
+    assert views(max_crops=1) == (0, 404), "dense rows know no such limit"
+    assert views(4096, rows=2) == (0, 100)
+
+
+def test_views_change_the_first_stage_only():
+    stages = plan_stages(4, 2)
+    kernels = kernels_of("torch", 2, on_cpu=False)
+    from megatron_vl.plan.layout import Coords, Layout
+
+    layout = Layout(pp=2)
+    text, image = (
+        [
+            kept_by_chunk(
+                MODEL, layout, stages[pp][0], kernels, Load(1, 512, 0, views), NONE, Coords(0, 0, 0, pp)
+            )
+            for pp in range(2)
+        ]
+        for views in (0, 1)
+    )
+    assert text[0]["vision"] == 0 < image[0]["vision"]
+    assert text[1] == image[1]

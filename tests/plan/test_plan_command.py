@@ -1,0 +1,77 @@
+"""`python -m megatron_vl plan` and `tools/plan_parallelism.py`: what they print, refuse and return."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vl.__main__ import main
+from megatron_vl.errors import ConfigError
+from megatron_vl.plan.plan_command import search_main
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = str(ROOT / "examples/pretrain/step3_vl_10b.yaml")
+
+
+def test_one_layout(capsys):
+    assert main(["plan", EXAMPLE, "--gpus", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "Layout: TP4 CP1 DP128 PP1 SP, vision placement data; micro-batches 64 x 1 rows" in out
+    assert "recompute decoder selective, vision full" in out
+    assert "Fits in 79.0 GiB." in out and "pp0" in out and "optimizer" in out
+
+
+def test_one_that_does_not_fit(capsys):
+    assert main(["plan", EXAMPLE, "--gpus", "4", "recompute.vision=none", "--memory", "40"]) == 1
+    assert "Does not fit: pp0 needs" in capsys.readouterr().out
+
+
+def test_the_fewest_ranks_are_taken(capsys):
+    assert main(["plan", EXAMPLE, "--memory", "60"]) == 1  # the optimizer is shared by one rank only
+    assert capsys.readouterr().out.startswith("4 x H100")
+
+
+def test_a_layout_that_is_not_legal(capsys):
+    assert main(["plan", EXAMPLE, "--gpus", "6"]) == 2
+    assert "world size = 6: must be a multiple of TP4" in capsys.readouterr().err
+    assert main(["plan"]) == 2
+
+
+def test_the_table(capsys):
+    assert search_main([EXAMPLE, "--gpus", "8", "--top", "3", "--visual-share", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted, not measured" in out and "0 visual tokens" in out
+    rows = [line.split() for line in out.splitlines() if line.endswith("pp0")]
+    assert len(rows) == 3
+    assert "  tensor_model_parallel_size: " in out and "micro_batch_size: " in out
+
+
+def test_measured_values(capsys, tmp_path):
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"matmul_flops": 1e14}))
+    search_main([EXAMPLE, "--gpus", "8", "--top", "1", "--calibrate", str(file)])
+    assert "products at 100, attention at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([EXAMPLE], "--gpus: no number"),
+        ([EXAMPLE, "--gpus", "0"], "--gpus 0"),
+        ([EXAMPLE, "--gpus", "8", "--visual-share", "1.5"], "--visual-share 1.5"),
+        ([EXAMPLE, "--gpus", "8", "--document-tokens", "0"], "--document-tokens 0"),
+        ([EXAMPLE, "--gpus", "8", "--memory", "0"], "--memory 0"),
+        (["--gpus", "8"], "no run is given"),
+    ],
+)
+def test_mistakes(options, told):
+    with pytest.raises(ConfigError, match=told):
+        search_main(options)
+
+
+def test_the_tool_ends_with_a_message_and_code_2():
+    command = [sys.executable, str(ROOT / "tools/plan_parallelism.py"), EXAMPLE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--gpus" in done.stderr and "Traceback" not in done.stderr

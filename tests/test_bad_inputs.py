@@ -41,6 +41,20 @@ VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 # Overrides of the tiny preset on 4 ranks -> every problem, in order.
 CONFIG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "recomputed groups that are not full": (
+        (
+            "recompute.vision=full",
+            "recompute.vision_num_layers=2",
+            "recompute.decoder=full",
+            f"{PP}=2",
+            "parallel.pipeline_decoder_layers=[1,3]",
+            "recompute.decoder_num_layers=2",
+        ),
+        (
+            "recompute.vision_num_layers = 2: must divide model.vision.num_layers = 3; choose one of 1, 3",
+            "recompute.decoder_num_layers = 2: must divide the decoder layers of every stage, 1, 3; choose one of 1",
+        ),
+    ),
     "unknown key": (
         ("train.micro_batchsize=2",),
         ("train.micro_batchsize: unknown key; did you mean train.micro_batch_size?",),

@@ -10,6 +10,7 @@ from megatron_vl.config.schema import ParallelConfig, RecomputeConfig, RunConfig
 from megatron_vl.plan.checks import check_layout
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.mixture_checks import check_packing
+from megatron_vl.plan.recompute_checks import check_recompute
 from megatron_vl.plan.stages import balanced_layers
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -94,7 +95,8 @@ def _of_layout(
         rest, odd = divmod(config.train.global_batch_size, size * layout.dp)
         if size > 1 and (odd or (layout.vpp > 1 and rest % layout.pp)):
             continue
-        problems = refusals(config, parallel, replace(config.train, micro_batch_size=size), layout.world_size)
+        train = replace(config.train, micro_batch_size=size)
+        problems = refusals(config, parallel, train, base.recompute, layout.world_size)
         if problems:
             yield problems[0]
             return
@@ -102,11 +104,16 @@ def _of_layout(
 
 
 def refusals(
-    config: RunConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int
+    config: RunConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    recompute: RecomputeConfig,
+    world_size: int,
 ) -> list[tuple[str, str]]:
     """(key, rule) of everything that forbids the layout; the same checks as those of a run."""
     problems = [
         *check_layout(config.model, parallel, train, config.data, world_size),
+        *check_recompute(config.model, parallel, recompute),
         *check_packing(config.data.packing, parallel, config.data.seq_length, train.micro_batch_size),
     ]
     return [(problem.path, problem.rule) for problem in problems]

@@ -191,7 +191,6 @@ def view_sizes(config: RunConfig) -> tuple[int, int]:
 
 def with_pixels(batch: Any, asked: Asked, parts: Parts) -> Any:
     """This vision rank's share of the views."""
-    from megatron_vl.plan.cost import view_costs
     from megatron_vl.plan.vision_share import share_views
 
     if not parts.runtime.is_first_stage or not asked.pixels:

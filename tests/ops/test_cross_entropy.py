@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from megatron_vl.bench.storage import TrackStorage
 from megatron_vl.config.schema import ParallelConfig
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, score_tokens
 from megatron_vl.parity.compare import relative
 from tests.ops import on_ranks
 from tests.ops.plain import make_case, plain_scores
-from tests.ops.storage import TrackStorage
 
 
 class Alone:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_vl.bench import images
+from megatron_vl.bench import images, loss
 from megatron_vl.bench.pictures import jpeg, photo_like
 from megatron_vl.bench.reference_views import decoded, in_8_bits, in_float
 from megatron_vl.data.crops import plan_crops
@@ -44,6 +44,18 @@ def test_too_slow_is_an_error_on_request_only(monkeypatch):
     monkeypatch.setattr(images, "ASKED", {"exact": 1e9, "fast": 1e9})
     small = [*TINY[:3], *TINY[4:]]
     assert main(small) == 0 and main([*small, "--require"]) == 1
+
+
+def test_loss(monkeypatch, capsys):
+    small = ["loss", "--tokens", "256", "--words", "2000", "--hidden", "32", "--chunk", "32"]
+    assert main(small) == 0
+    text = capsys.readouterr().out
+    plain, chunked = (
+        float(line.split()[1]) for line in text.splitlines() if line.startswith(("plain", "chunked"))
+    )
+    assert plain > 256 * 2000 * 4 / 2**20 and chunked < plain / 4
+    monkeypatch.setattr(loss, "BOUND", 0.0)
+    assert main(small) == 1
 
 
 def test_a_bad_command(tmp_path):

@@ -84,7 +84,10 @@ def normalised_per_rank():
     """Advantages are whitened with the sums of one data-parallel rank."""
     from megatron_vl.rl import learn
 
-    return patch.object(learn, "dist", SimpleNamespace(all_reduce=lambda values, group: None))
+    alone = SimpleNamespace(
+        all_reduce=lambda values, group: None, all_gather_object=learn.dist.all_gather_object
+    )
+    return patch.object(learn, "dist", alone)
 
 
 FAULTS = {

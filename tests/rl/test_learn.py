@@ -137,10 +137,10 @@ def test_masked_trajectories_take_no_part(world):
 
 def test_rates_of_warm_up():
     rl = RlConfig(
-        ActorConfig(lr=1.0, lr_warmup_steps=4),
-        CriticConfig(lr=2.0, lr_warmup_steps=4, updates=2, warmup_iterations=1),
-        PpoConfig(mini_batches=2),
-        RolloutConfig(),
+        actor=ActorConfig(lr=1.0, lr_warmup_steps=4),
+        critic=CriticConfig(lr=2.0, lr_warmup_steps=4, updates=2, warmup_iterations=1),
+        ppo=PpoConfig(mini_batches=2),
+        rollout=RolloutConfig(),
     )
     assert [actor_learns(rl, i) for i in range(3)] == [False, True, True]
     assert [actor_rate(rl, i, m) for i in (1, 2, 3) for m in (0, 1)] == [0.25, 0.5, 0.75, 1, 1, 1]

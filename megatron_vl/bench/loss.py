@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> tuple[str, dict[str, Any], bool]:
     far = max(relative(b, a) for a, b in zip((loss, *grads), (other, *others), strict=True))
     record = {"options": vars(options), "ways": ways, "relative_difference": far, "torch": torch.__version__}
     lines = [
-        f"{options.tokens} tokens, {options.words} words, width {options.hidden}, chunk {options.chunk}; fp32, one thread"
+        f"{options.tokens} tokens, {options.words} words, width {options.hidden}, chunk {options.chunk}, fp32"
     ]
     lines.append(f"{'':<10}{'peak MiB':>10}{'largest MiB':>13}{'seconds':>9}")
     for name, way in ways.items():

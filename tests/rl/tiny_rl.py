@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.train.processes import Command, pretrain
@@ -94,6 +95,14 @@ def curve(run_dir: Path) -> dict[int, tuple[float, float, float]]:
         for r in read_lines(run_dir / "metrics.jsonl")
         if "reward/mean" in r
     }
+
+
+def assert_same_curve(run_dir: Path, other: Path) -> None:
+    """Equal within 1e-6, iteration by iteration."""
+    got, expected = curve(run_dir), curve(other)
+    assert list(got) == list(expected)
+    for iteration, numbers in expected.items():
+        assert got[iteration] == pytest.approx(numbers, abs=1e-6), iteration
 
 
 def trained_samples(run_dir: Path) -> list[list[tuple]]:

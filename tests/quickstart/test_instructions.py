@@ -49,7 +49,7 @@ def test_the_form_of_an_answer_follows_from_the_question(folders):
                     form == "brackets"
                 )
                 seen[form] += 1
-    assert min(seen.values()) > 0.25 * sum(seen.values())
+    assert min(seen.values()) > 0.2 * sum(seen.values())
 
 
 def test_held_out_questions(folders):

@@ -31,9 +31,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="run to start from")
     parser.add_argument("--out", type=Path, default=Path("runs/sft_quickstart"), help="folder for everything")
-    parser.add_argument(
-        "--images", type=int, default=16000, help="pictures to train on (default %(default)s)"
-    )
+    parser.add_argument("--images", type=int, default=8000, help="pictures to train on (default %(default)s)")
     parser.add_argument("--no-checks", action="store_true", help="do not fail when a promise does not hold")
     return parser.parse_intermixed_args()
 

@@ -32,7 +32,7 @@ sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 
 rl-quickstart: $(STAMP) ## reinforce the quickstart's model by verified rewards (PPO with a critic) on 2 CPU ranks
 	@$(PY) examples/rl/rl_quickstart.py $(ARGS)
 
-test: $(STAMP) ## the tests of every change: no GPU, within 15 minutes on 2 cores
+test: $(STAMP) ## the tests of every change: no GPU, nothing slow
 	@$(PY) -m pytest -m 'not gpu and not slow' -rs --durations=15 $(ARGS)
 
 test-all: $(STAMP) ## also the slow ones: every parallel layout; and the GPU ones where there is a GPU

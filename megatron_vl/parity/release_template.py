@@ -225,3 +225,6 @@ class _Characters(TextTokenizer):
 
     def id_of(self, piece: str) -> int | None:
         return None if piece in LITERALS.values() else self.FIRST + ord(piece[0])
+
+    def knows(self, token_id: int) -> bool:
+        return token_id >= self.FIRST

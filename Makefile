@@ -26,7 +26,7 @@ $(STAMP): setup.py pyproject.toml constraints-cpu.txt tools/setup_env.sh
 quickstart: $(STAMP) ## draw images, train the tiny model on 4 CPU ranks, score it (about 7 minutes)
 	@$(PY) examples/quickstart/quickstart.py $(ARGS)
 
-sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 CPU ranks, score it (about 8 minutes)
+sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 CPU ranks, score it again
 	@$(PY) examples/sft/quickstart/sft_quickstart.py $(ARGS)
 
 rl-quickstart: $(STAMP) ## reinforce the quickstart's model by verified rewards (PPO with a critic) on 2 CPU ranks

@@ -47,7 +47,7 @@ def test_a_few_steps(tmp_path):
 
 
 def test_every_promise_holds(tmp_path):
-    """With the quickstart before it: 15 minutes on 2 quiet cores."""
+    """With the quickstart before it, from nothing."""
     code, printed = run(SCRIPT, "--quickstart", tmp_path / "quickstart", "--out", tmp_path / "sft")
     assert code == 0, printed
     assert printed.count("\nok   ") == 5 + 4 and "holds no finished quickstart: it comes first" in printed

@@ -196,6 +196,7 @@ def test_the_signal_goes_on_to_the_step(tmp_path, code, again):
     deadline = time.monotonic() + 30
     while not calls(tmp_path, "srun") and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(0.5)  # the stand-in may have written before the batch file knows its number
     os.kill(process.pid, signal.SIGUSR1)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == int(code) and "SIGUSR1 from Slurm" in output

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # PYTHON=/path/to/python3.11 chooses the interpreter; by default tools/setup_env.sh finds one.
 export PYTHON
 
-.PHONY: help setup quickstart sft-quickstart rl-quickstart test test-all lint clean
+.PHONY: help setup quickstart sft-quickstart rl-quickstart rl-evidence test test-all lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -31,6 +31,9 @@ sft-quickstart: $(STAMP) ## fine-tune the quickstart's model in two stages on 4 
 
 rl-quickstart: $(STAMP) ## reinforce the quickstart's model by verified rewards (PPO with a critic) on 2 CPU ranks
 	@$(PY) examples/rl/rl_quickstart.py $(ARGS)
+
+rl-evidence: $(STAMP) ## the same on three seeds and with shuffled rewards; rewrites the table in docs/rl.md
+	@$(PY) examples/rl/rl_evidence.py $(ARGS)
 
 test: $(STAMP) ## the tests of every change: no GPU, nothing slow
 	@$(PY) -m pytest -m 'not gpu and not slow' -rs --durations=15 $(ARGS)

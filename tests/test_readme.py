@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 NOT_RUN = {
     "make quickstart": "10 minutes; its 20-step form is tests/test_quickstart_run.py",
     "make sft-quickstart": "8 minutes; its form of a few steps is tests/quickstart/test_sft_quickstart.py",
+    "make rl-quickstart": "11 minutes; its form of a few steps is tests/quickstart/test_rl_quickstart.py",
     "make test": "this is it",
     "torchrun --nproc-per-node 8": "needs 8 GPUs",
     ".venv/bin/python tools/verify_release.py": "needs the released 20 GB; a small one is in test_verify_release.py",

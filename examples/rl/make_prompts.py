@@ -1,25 +1,64 @@
-"""Prompts with tasks from the quickstart's questions.
+"""New pictures for the RL quickstart: conversations that prepare the model, and prompts with tasks.
 
-    python examples/rl/make_prompts.py --data runs/quickstart/data --out runs/rl_quickstart/data
+    python examples/rl/make_prompts.py --quickstart runs/quickstart/data --out runs/rl_quickstart/data
 
-writes train.jsonl (training pictures) and heldout.jsonl: for each held-out question one prompt with its picture, one
-with the picture of another question of its type, and one without (sources `count`, `count swapped`, `count no image`).
---shuffled gives every training question the answer of another one of its type: a control, whose rewards say nothing
-about the picture.
+writes under DIR:
+
+    images/                  new pictures of three kinds of question, position, count and box; held-out ones, copied
+    prepare.jsonl            conversations about the first part of them, for the short SFT; some without a picture
+    train.jsonl              prompts about the others: no answer of theirs was ever shown to the model
+    heldout.jsonl            prompts from the quickstart's held-out questions, each with its picture, with the picture
+                             of another question of its type, and without one (sources count, count swapped, ...)
+
+--shuffled gives every training prompt the answer of another one of its type: a control, whose rewards say nothing
+about the picture. Everything follows from the arguments: the same seed gives the same files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
-# Colours are right from the start, so there is nothing to learn; words and positions are hardly ever right.
-TYPES = {"What shape is it?": "shape", "How many are there?": "count", "Give its box.": "box"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quickstart"))
+
+from make_data import SOURCES, conversation, draw_all, image_hashes, write_jsonl
+from questions import ANSWERS, Picture
+from scenes import count_scene, pick_size, single_scene
+
+# Colours are right from the start, so there is nothing to learn. Shapes and words are beyond the quickstart's tower
+# (no better than chance after pre-training), and the tower is frozen here.
+TYPES = ("position", "count", "box")
 HELDOUT = {"": "heldout.jsonl", " swapped": "heldout_swapped.jsonl", " no image": "heldout_no_image.jsonl"}
+# The tower learns from boxes where things are; what places are called is left to the rewards, but for a few examples.
+PREPARED = (*("box", "count") * 9, "box", "position")
+REINFORCED = ("position", "count", "position", "box")
 GRID = 10  # boxes are given in cells
+CROPS = {0: 0.7, 2: 0.1, 4: 0.15, 6: 0.05}  # by number; most pictures are one view, which costs the least
+WITHOUT = 0.1  # of the conversations: the model stays one that knows what to say without a picture
+SETTINGS = "settings.json"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", type=Path, required=True, help="data folder of the quickstart")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; made if missing")
+    parser.add_argument(
+        "--prepare", type=int, default=6000, help="pictures of the short SFT (default %(default)s)"
+    )
+    parser.add_argument("--prompts", type=int, default=4000, help="pictures of prompts (default %(default)s)")
+    parser.add_argument(
+        "--per-type", type=int, default=120, help="held-out questions of each type (default %(default)s)"
+    )
+    parser.add_argument("--shuffled", type=int, help="seed: shuffle the answers of the prompts (a control)")
+    parser.add_argument("--seed", type=int, default=4321)
+    parser.add_argument("--workers", type=int, default=2, help="drawing processes (default %(default)s)")
+    return parser.parse_args(argv)
 
 
 def task_of(kind: str, answer: str) -> dict:
@@ -27,47 +66,64 @@ def task_of(kind: str, answer: str) -> dict:
     if kind == "box":
         cells = [int(cell) for cell in answer.split()]
         about = {"kind": "box", "answer": cells, "image_size": [GRID, GRID], "coordinates": "pixel"}
-    elif answer.isdigit():
+    elif kind == "count":
         about = {"kind": "count", "answer": int(answer)}
     else:
         about = {"kind": "exact", "answer": answer}
     return {**about, "thinking": False}
 
 
-def questions(path: Path) -> list[tuple[str, str, str, list[dict], str]]:
-    """(id, type, question, parts before the text, answer) of every question of a known type in a file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        messages = record["messages"]
-        pictures = [part for part in messages[0]["content"] if part["type"] == "image_url"]
-        for asked, answered in zip(messages[::2], messages[1::2]):
-            text = asked["content"][-1]["text"]
-            if text in TYPES:
-                kind = TYPES[text]
-                found.append((f"{record['id']}-{kind}", kind, text, pictures, answered["content"]))
-    return found
+def plan_pictures(number: int, cycle: tuple[str, ...], seed: str) -> list[Picture]:
+    """Pictures with one question each. cycle: its type, by turns."""
+    rng = random.Random(seed)
+    return [_picture(rng, cycle[index % len(cycle)]) for index in range(number)]
 
 
-def prompt(name: str, source: str, text: str, pictures: list[dict], task: dict) -> dict:
-    """One line of a prompt file."""
-    content = [*pictures, {"type": "text", "text": text}]
-    return {"id": name, "source": source, "messages": [{"role": "user", "content": content}], "task": task}
+def _picture(rng: random.Random, kind: str) -> Picture:
+    facts = {name: rng.choice(ANSWERS[name]) for name in ("colour", "shape", "position", "count")}
+    size = pick_size(rng, rng.choices(list(CROPS), weights=list(CROPS.values()))[0])
+    if kind == "count":
+        scene = count_scene(rng, size, facts["colour"], facts["shape"], int(facts["count"]))
+        return Picture(scene, (("count", facts["count"]),))
+    scene = single_scene(rng, size, facts["colour"], facts["shape"], facts["position"])
+    return Picture(scene, ((kind, scene.box() if kind == "box" else facts["position"]),))
 
 
-def training_prompts(path: Path, shuffled: int | None) -> list[dict]:
-    """Questions about a picture. shuffled: a seed, None for the right answers."""
-    asked = [q for q in questions(path) if q[3]]
+def preparing(pictures: list[Picture], names: list[str], seed: str) -> list[dict]:
+    """Conversations of one question; WITHOUT of them do not show the picture."""
+    rng = random.Random(seed)
+    return [
+        {
+            "id": f"s{index:05d}",
+            "messages": conversation(None if rng.random() < WITHOUT else name, picture.asked),
+        }
+        for index, (picture, name) in enumerate(zip(pictures, names))
+    ]
+
+
+def prompt(name: str, source: str, user: dict, task: dict) -> dict:
+    """One line of a prompt file. user: the message with picture and question."""
+    return {"id": name, "source": source, "messages": [user], "task": task}
+
+
+def training_prompts(pictures: list[Picture], names: list[str], shuffled: int | None) -> list[dict]:
+    """A prompt for each question. shuffled: a seed, None for the right answers."""
+    asked = [(name, kind, answer) for p, name in zip(pictures, names) for kind, answer in p.asked]
     answers = [answer for *_, answer in asked]
     if shuffled is not None:
-        for kind in sorted(set(TYPES.values())):
+        for kind in TYPES:
             members = [index for index, q in enumerate(asked) if q[1] == kind]
             mixed = random.Random(f"{shuffled} {kind}").sample([answers[i] for i in members], len(members))
             for index, answer in zip(members, mixed):
                 answers[index] = answer
     return [
-        prompt(name, kind, text, pictures, task_of(kind, answer))
-        for (name, kind, text, pictures, _), answer in zip(asked, answers)
+        prompt(
+            f"p{number:05d}-{kind}",
+            kind,
+            conversation(name, [(kind, given)])[0],
+            task_of(kind, answers[number]),
+        )
+        for number, (name, kind, given) in enumerate(asked)
     ]
 
 
@@ -76,36 +132,55 @@ def heldout_prompts(folder: Path, per_type: int) -> list[dict]:
     found = []
     for suffix, file in HELDOUT.items():
         seen: Counter[str] = Counter()
-        for name, kind, text, pictures, answer in questions(folder / file):
+        for text in (folder / file).read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            kind, user = line["type"], line["messages"][0]
             seen[kind] += 1
-            if seen[kind] <= per_type:
-                found.append(prompt(name + suffix, kind + suffix, text, pictures, task_of(kind, answer)))
+            if kind in TYPES and seen[kind] <= per_type:
+                task = task_of(kind, line["answer"])
+                found.append(prompt(line["id"] + suffix, kind + suffix, user, task))
     return found
 
 
-def make_prompts(data: Path, out: Path, per_type: int = 60, shuffled: int | None = None) -> None:
-    """Write both files."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, lines in (
-        ("train", training_prompts(data / "train.jsonl", shuffled)),
-        ("heldout", heldout_prompts(data, per_type)),
-    ):
-        (out / f"{name}.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-        )
-        listed = ", ".join(
-            f"{kind} {count}" for kind, count in Counter(line["source"] for line in lines).items()
-        )
-        print(f"prompts: {out / name}.jsonl: {listed}", flush=True)
+def make_prompts(arguments: argparse.Namespace) -> None:
+    """Plan, draw, write, check that no held-out picture is among the new ones."""
+    folder, seed = arguments.out, arguments.seed
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    here = Path(__file__)
+    sources = [here, *(here.parent.parent / "quickstart" / name for name in SOURCES)]
+    settings["generator_sha256"] = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    note = folder / SETTINGS
+    if note.exists() and json.loads(note.read_text()) == settings:
+        print(f"data: {folder} is up to date")
+        return
+    note.unlink(missing_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    splits = {
+        "prepare": plan_pictures(arguments.prepare, PREPARED, f"{seed} prepare"),
+        "prompt": plan_pictures(arguments.prompts, REINFORCED, f"{seed} prompts"),
+    }
+    names = draw_all(folder, splits, arguments.workers)
+    lines = {
+        "prepare": preparing(splits["prepare"], names["prepare"], f"{seed} order"),
+        "train": training_prompts(splits["prompt"], names["prompt"], arguments.shuffled),
+        "heldout": heldout_prompts(arguments.quickstart, arguments.per_type),
+    }
+    for picture in image_hashes(arguments.quickstart, "heldout.jsonl"):
+        shutil.copyfile(arguments.quickstart / picture, folder / picture)
+    for name, written in lines.items():
+        write_jsonl(folder / f"{name}.jsonl", written)
+    drawn = image_hashes(folder, "prepare.jsonl") | image_hashes(folder, "train.jsonl")
+    held = image_hashes(folder, "heldout.jsonl")
+    both = set(drawn.values()) & set(held.values())
+    if both:
+        sys.exit(f"data: {len(both)} held-out pictures are also training pictures")
+    note.write_text(json.dumps(settings, indent=1) + "\n")
+    print(f"data: {len(lines['prepare'])} conversations to prepare the model")
+    for name in ("train", "heldout"):
+        counts = Counter(line["source"] for line in lines[name])
+        told = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+        print(f"prompts: {folder / name}.jsonl: {told}", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the quickstart's data folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--per-type", type=int, default=60, help="held-out questions of each type (default %(default)s)"
-    )
-    parser.add_argument("--shuffled", type=int, help="seed: shuffle the training answers (a control)")
-    given = parser.parse_args()
-    make_prompts(given.data, given.out, given.per_type, given.shuffled)
+    make_prompts(parse_arguments())

@@ -1,4 +1,4 @@
-"""``make rl-quickstart``: RLVR from the quickstart's checkpoint on CPU, its curve and what it gained.
+"""``make rl-quickstart``: a short SFT and RLVR from the quickstart's checkpoint on CPU, the curve and what it gained.
 
 python examples/rl/rl_quickstart.py [--quickstart DIR] [--out DIR] [--seed N] [--control shuffled] [--no-checks] ...
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 QUICKSTART = HERE.parent / "quickstart" / "quickstart.py"
-CONFIG = HERE / "rlvr_tiny.yaml"
+PREPARE, CONFIG = HERE / "prepare.yaml", HERE / "rlvr_tiny.yaml"
 RANKS = 2
-TYPES = ("shape", "count", "box")
+TYPES = ("position", "count", "box")
 GAIN, FORMED_GAIN = 0.15, 0.10  # of the mean reward, and of it among well-formed answers
 BLIND = 0.05  # how far the reward with other pictures may be from that without any
 
@@ -29,6 +29,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="run to start from")
     parser.add_argument("--out", type=Path, default=Path("runs/rl_quickstart"), help="folder for everything")
+    parser.add_argument(
+        "--prepared",
+        type=Path,
+        help="run of the short SFT to start from (default OUT/prepare, made if missing)",
+    )
+    parser.add_argument(
+        "--pictures", type=int, help="new pictures to train on (default those of make_prompts.py)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of sampling (default %(default)s)")
     parser.add_argument("--control", choices=("shuffled",), help="train on answers shuffled within each type")
     parser.add_argument("--no-checks", action="store_true", help="do not fail when a promise does not hold")
@@ -36,8 +44,9 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Checkpoint, prompts, the run, the curve, the table. Returns 0 when every promise held."""
+    """Checkpoint, data, the short SFT, the run, the curve, the table. Returns 0 when every promise held."""
     from make_prompts import make_prompts
+    from make_prompts import parse_arguments as data_arguments
 
     arguments = parse()
     code = pre_train(arguments.quickstart)
@@ -45,22 +54,45 @@ def main() -> int:
         return code
     begin = time.monotonic()
     data, run = arguments.out / "data", arguments.out / "run"
-    make_prompts(arguments.quickstart / "data", data, shuffled=arguments.seed if arguments.control else None)
+    options = ["--quickstart", arguments.quickstart / "data", "--out", data]
+    if arguments.pictures:
+        options += ["--prepare", arguments.pictures, "--prompts", arguments.pictures]
+    if arguments.control:
+        options += ["--shuffled", arguments.seed]
+    make_prompts(data_arguments([str(option) for option in options]))
+    common = [f"data.data_root={data}", f"data.tokenizer={arguments.quickstart / 'data' / 'tokenizer.model'}"]
+    prepared = arguments.prepared or arguments.out / "prepare"
+    if not (prepared / "checkpoints" / "latest").is_file():
+        code = megatron_vl("sft", PREPARE, *prepare_keys(arguments, data, prepared), *common)
+        if code:
+            return code
     keys = [
         f"run_dir={run}",
-        f"data.data_root={arguments.quickstart / 'data'}",
-        f"data.tokenizer={arguments.quickstart / 'data' / 'tokenizer.model'}",
-        f"train.init_from={arguments.quickstart}",
+        f"train.init_from={prepared}",
         f"train.seed={arguments.seed}",
         f"rl.prompts=[{data / 'train.jsonl'}]",
         f"rl.eval_prompts=[{data / 'heldout.jsonl'}]",
-        *arguments.overrides,
     ]
-    command = [sys.executable, "-m", "megatron_vl", "rl", str(CONFIG), *keys, "--nproc", str(RANKS)]
-    code = subprocess.run(command, check=False).returncode
+    code = megatron_vl("rl", CONFIG, *keys, *common, *arguments.overrides)
     if code:
         return code
     return report(run, (time.monotonic() - begin) / 60, not arguments.no_checks and not arguments.control)
+
+
+def megatron_vl(command: str, config: Path, *keys: str) -> int:
+    """Run a command of the library on RANKS ranks; returns its exit code."""
+    words = [sys.executable, "-m", "megatron_vl", command, str(config), *keys, "--nproc", str(RANKS)]
+    return subprocess.run(words, check=False).returncode
+
+
+def prepare_keys(arguments: argparse.Namespace, data: Path, run: Path) -> list[str]:
+    """What ``--out`` and ``--quickstart`` move in prepare.yaml."""
+    return [
+        f"run_dir={run}",
+        f"data.domains=[{{name: pictures, paths: [{data / 'prepare.jsonl'}], weight: 1}}]",
+        f"data.packing.index_dir={arguments.out / 'index'}",
+        f"train.init_from={arguments.quickstart}",
+    ]
 
 
 def pre_train(run: Path) -> int:

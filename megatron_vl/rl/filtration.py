@@ -1,8 +1,9 @@
 """``python -m megatron_vl filter CONFIG --out DIR``: how often each prompt is answered rightly, and which ones to keep.
 
-Every prompt gets ``--samples`` responses (24 in the report); kept are those neither always right nor always wrong. The
-responses stay, as a pool for later stages. Prompts are taken in the order of the files, some at a time, each group with
-a journal and a done mark, so a run that was stopped or killed goes on where it was.
+Every prompt gets ``--samples`` responses (24 in the report); kept are those neither always right nor always wrong, with
+``--needs-image`` those that are answered worse without their image, with ``--checkable`` those whose answer the judge
+can check. The responses stay, as a pool for later stages. Prompts are taken in the order of the files, some at a time,
+each group with a journal and a done mark, so a run that was stopped or killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from megatron_vl.errors import ConfigError
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.launch import launched, read_environment, run_local
 from megatron_vl.plan.layout import Layout
-from megatron_vl.rl.acceptance import Acceptance, by_prompt, keeps
+from megatron_vl.rl.acceptance import Acceptance, keeps
 from megatron_vl.rl.collect import Collected, Scored, collect
 from megatron_vl.rl.command import load
 from megatron_vl.rl.journal import iteration_name
+from megatron_vl.rl.prompt_filters import acceptance_of, ask_blind, check_decisions, image_decisions
 from megatron_vl.rl.report import rollout_record
+from megatron_vl.rl.rewards.filters import MARGIN, PASSES, Decision
 from megatron_vl.rl.run import RlRun
+from megatron_vl.train.ahead import first_does
 from megatron_vl.train.faults import StopRequest
 from megatron_vl.train.pretrain import beats_folder, on_rank, stop_seconds
 
 if TYPE_CHECKING:
     from megatron_vl.parallel.runtime import Runtime
+
+Rules = list[dict[str, Decision]]  # of each rule asked for, by prompt id
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     world_size = read_environment().world_size if launched() else arguments.nproc
     overrides = [*arguments.overrides, f"run_dir={arguments.out}"]
     loaded = load(arguments.config, overrides, world_size)
-    check(arguments)
+    check(arguments, loaded.config.rl.rewards.judge.base_url)
     layout = Layout.from_config(loaded.config.parallel, world_size)
     if arguments.nproc > 1 and not launched():
         command = [sys.executable, "-m", "megatron_vl", "filter", *argv]
@@ -64,12 +70,31 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=24, help="responses to each prompt (default 24)")
     parser.add_argument("--min-rate", type=float, default=0.0, help="keep above this acceptance (default 0)")
     parser.add_argument("--max-rate", type=float, default=1.0, help="keep below this acceptance (default 1)")
+    parser.add_argument(
+        "--needs-image",
+        type=float,
+        nargs="?",
+        const=MARGIN,
+        metavar="MARGIN",
+        help=f"keep prompts with images whose mean score falls by this without them (default {MARGIN:g})",
+    )
+    parser.add_argument(
+        "--checkable",
+        action="store_true",
+        help=f"keep what the judge calls checkable {PASSES} times of {PASSES}",
+    )
     parser.add_argument("--nproc", type=int, default=1, help="start this many local ranks (default 1)")
     return parser.parse_intermixed_args(list(argv))
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for numbers that keep nothing or mean nothing."""
+def check(arguments: argparse.Namespace, judge_url: str) -> None:
+    """Raises ConfigError for numbers that keep nothing or mean nothing, and for a rule that nobody can apply."""
+    if arguments.checkable and not judge_url:
+        raise ConfigError(
+            "--checkable needs a judge, and rl.rewards.judge.base_url is empty; name its server"
+        )
+    if arguments.needs_image is not None and not 0 < arguments.needs_image <= 1:
+        raise ConfigError(f"--needs-image {arguments.needs_image:g}: must be above 0 and at most 1")
     if arguments.samples < 2:
         raise ConfigError(
             f"--samples {arguments.samples}: must be at least 2, or every prompt is all or nothing"
@@ -110,13 +135,25 @@ def run_filter(run: RlRun, arguments: argparse.Namespace) -> None:
         prompts, refused = run.prompts.read(range(start, min(start + size, len(run.prompts))))
         run.refused.add(refused)
         collected = collect(run, prompts, arguments.samples, group, folder / "journal", run.config.train.seed)
-        if collected is None:
+        asked = collected is not None and arguments.needs_image is not None
+        blind = ask_blind(run, prompts, arguments.samples, group, folder) if asked else {}
+        if collected is None or blind is None:
             run.say(
                 f"stopped after {group} of {len(groups)} groups; start the same command again to continue"
             )
             return
+        rules: Rules = []
+
+        def apply(report, prompts=prompts, collected=collected, blind=blind, rules=rules) -> None:
+            if arguments.needs_image is not None:
+                seen = acceptance_of(collected, run.config.rl.rewards.accept_at)
+                rules.append(image_decisions(seen, blind, arguments.needs_image))
+            if arguments.checkable:
+                rules.append(check_decisions(run, prompts))
+
+        first_does(apply, run.runtime, run.phase, run.say)
         if run.runtime.rank == 0:
-            write_group(pool, collected, arguments, run.config.rl.rewards.accept_at)
+            write_group(pool, collected, arguments, run.config.rl.rewards.accept_at, rules)
         run.say(f"filter: {min(start + size, len(run.prompts))} of {len(run.prompts)} prompts")
     if run.runtime.rank == 0:
         run.say(finish(folder, len(groups)))
@@ -132,14 +169,19 @@ def groups_done(run: RlRun, groups: int) -> set[int]:
     return found[0]
 
 
-def write_group(pool: Path, collected: Collected, arguments: argparse.Namespace, accept_at: float) -> None:
+def write_group(
+    pool: Path, collected: Collected, arguments: argparse.Namespace, accept_at: float, rules: Rules
+) -> None:
     """The group's kept prompts first, then its responses, whose file says that the group is done."""
-    results = [(s.response.prompt_id, s.reward.score, s.reward.masked) for s in collected.scored]
-    table = by_prompt(results, accept_at)
     lines = {s.response.prompt_id: s for s in collected.scored}
     records = [
-        prompt_record(lines[name], acceptance, keeps(acceptance, arguments.min_rate, arguments.max_rate))
-        for name, acceptance in table.items()
+        prompt_record(
+            lines[name],
+            acceptance,
+            keeps(acceptance, arguments.min_rate, arguments.max_rate),
+            [decisions[name] for decisions in rules],
+        )
+        for name, acceptance in acceptance_of(collected, accept_at).items()
     ]
     write_lines(pool.parent.parent / "prompts" / pool.name, records)
     write_lines(
@@ -147,7 +189,9 @@ def write_group(pool: Path, collected: Collected, arguments: argparse.Namespace,
     )
 
 
-def prompt_record(scored: Scored, acceptance: Acceptance, kept: bool) -> dict:
+def prompt_record(
+    scored: Scored, acceptance: Acceptance, some_accept: bool, decisions: Sequence[Decision]
+) -> dict:
     """The line of a prompt as it was, with what was found out."""
     found = {
         "class": acceptance.kind,
@@ -160,7 +204,8 @@ def prompt_record(scored: Scored, acceptance: Acceptance, kept: bool) -> dict:
         **json.loads(scored.prompt.line.data),
         "id": scored.response.prompt_id,
         "acceptance": found,
-        "kept": kept,
+        "rules": {decision.reason: decision.detail for decision in decisions},
+        "kept": some_accept and all(decision.keep is True for decision in decisions),
     }
 
 
@@ -176,9 +221,17 @@ def finish(folder: Path, groups: int) -> str:
     kept = [{k: v for k, v in record.items() if k != "kept"} for record in records if record["kept"]]
     write_lines(folder / "kept.jsonl", kept)
     classes = Counter(record["acceptance"]["class"] for record in records)
-    report = {"prompts": len(records), "kept": len(kept), "classes": dict(sorted(classes.items()))}
+    reasons = Counter(reason for record in records for reason in record["rules"])
+    report = {
+        "prompts": len(records),
+        "kept": len(kept),
+        "classes": dict(sorted(classes.items())),
+        "rules": dict(sorted(reasons.items())),
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(classes.items()))
+    listed = ", ".join(
+        f"{kind} {count}" for kind, count in (*sorted(classes.items()), *sorted(reasons.items()))
+    )
     return f"kept {len(kept)} of {len(records)} prompts ({listed}); {folder / 'kept.jsonl'}"
 
 

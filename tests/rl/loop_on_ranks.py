@@ -12,6 +12,7 @@ from megatron_vl.errors import MegatronVLError
 from megatron_vl.generate.weight_version import vision_version
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.runtime import choose_device, start
+from megatron_vl.rl.filtration import parse, run_filter
 from megatron_vl.rl.loop import resume, train
 from megatron_vl.rl.run import RlRun, prepare
 
@@ -45,6 +46,22 @@ def reinforce(loaded: LoadedRun, spoil: str = "") -> Reinforced:
         run.models.turns.all_here()
         versions = (before, vision_version(run.models.actor))
     return Reinforced(progress, printed.getvalue(), error, versions, _optimizes_vision(run))
+
+
+def keep_prompts(loaded: LoadedRun, words: list[str], spoil: str = "") -> Reinforced:
+    """``python -m megatron_vl filter`` behind its checks. words: its command line."""
+    config, error = loaded.config, ""
+    runtime = start(config.parallel, config.train.seed, choose_device("cpu"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run = prepare(loaded, runtime, Phase())
+        try:
+            SPOILERS[spoil](run)
+            run_filter(run, parse(words))
+        except MegatronVLError as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        finally:
+            run.close()
+    return Reinforced(None, printed.getvalue(), error)
 
 
 def _optimizes_vision(run: RlRun) -> bool:

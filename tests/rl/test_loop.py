@@ -1,11 +1,15 @@
 """A whole run of reinforcement learning: draws, verifies, learns, saves, resumes, alike in every layout."""
 
+import json
+
 import pytest
 
-from megatron_vl.errors import ConfigErrors
+from megatron_vl.errors import ConfigError, ConfigErrors
 from megatron_vl.plan.checks import load_checked_run as load_to_train
+from megatron_vl.rl import filtration
 from megatron_vl.rl.command import load
-from tests.rl.loop_on_ranks import reinforce
+from tests.rl.loop_on_ranks import keep_prompts, reinforce
+from tests.rl.rewards.server import MODEL, Request, serving
 from tests.rl.tiny_rl import KEYS, assert_same_curve, curve, prepare_files, trained_samples, write_rl_config
 from tests.train import on_ranks
 from tests.train.tiny_run import read_lines
@@ -120,6 +124,64 @@ def test_strict_on_policy(world, data, tmp_path):
     for r in read_lines(tmp_path / "run" / "metrics.jsonl"):
         ratios = [r[f"policy/{n}"] for n in ("ratio_min", "ratio_max", "clip_fraction")]
         assert ratios == [1.0, 1.0, 0.0] and r["samples/stale"] == 0
+
+
+def check_by_count(request: Request) -> None:
+    """A judge that only finds numbers checkable."""
+    number = request.asked["reference"] in ("three", "five")
+    request.says(f"Looked at.\nVERDICT: {'CHECKABLE' if number else 'NOT_CHECKABLE'}")
+
+
+def test_prompts_are_filtered(world, data, tmp_path):
+    """In two layouts, one of them stopped on the way; every number of the report follows from the responses."""
+    words = ["unread.yaml", "--out", str(tmp_path), "--samples", "4", "--needs-image", "0.5", "--checkable"]
+    config = write_rl_config(data, tmp_path / "one")
+
+    def keep(folder, layout, spoil=""):
+        ranks, keys = LAYOUTS[layout]
+        keys = [*keys, f"run_dir={folder}", f"rl.rewards.judge={{base_url: {server.url}, model: {MODEL}}}"]
+        return world.run(ranks, keep_prompts, load(str(config), keys, ranks), words, spoil)[0]
+
+    with serving(check_by_count) as server:
+        assert "stopped after 0 of 6 groups" in keep(tmp_path / "one", "1", "stop").printed
+        done = keep(tmp_path / "one", "1")
+        assert done.error == "" and "filter: 24 of 24 prompts" in done.printed
+        assert keep(tmp_path / "two", "tp2pp2").error == ""
+    asked = {body["messages"][-1]["content"] for body in server.requests}
+    assert len(asked) >= 2, "one request per question and reference"
+    records = [
+        r for g in range(6) for r in read_lines(tmp_path / "one" / "prompts" / f"iteration_{g:06d}.jsonl")
+    ]
+    for name in ("report.json", "kept.jsonl"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert report["prompts"] == len(records) == 24 and sum(report["classes"].values()) == 24
+    kinds = {r["id"]: any(part["type"] == "image" for part in r["messages"][0]["content"]) for r in records}
+    for record in records:
+        rules, number = record["rules"], record["source"] == "count"
+        assert ("checkable" in rules) == number and ("not_checkable" in rules) != number
+        assert ("no_image" in rules) != kinds[record["id"]]
+        some = record["acceptance"]["class"] in ("some_accept", "some_reject")
+        allowed = number and "image_not_needed" not in rules and "no_verdict" not in rules
+        assert record["kept"] == (some and allowed), record
+    assert report["rules"]["checkable"] == sum(r["source"] == "count" for r in records)
+    assert {line["id"] for line in read_lines(tmp_path / "one" / "kept.jsonl")} == {
+        record["id"] for record in records if record["kept"]
+    }
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--checkable"], "rl.rewards.judge.base_url is empty"),
+        (["--needs-image", "0"], "--needs-image 0"),
+        (["--samples", "1"], "--samples 1"),
+        (["--min-rate", "0.5", "--max-rate", "0.5"], "--min-rate 0.5"),
+    ],
+)
+def test_filters_that_cannot_be_applied(words, message):
+    with pytest.raises(ConfigError, match=message):
+        filtration.check(filtration.parse(["a.yaml", "--out", "b", *words]), "")
 
 
 def test_what_a_run_needs_is_said_at_once(data):

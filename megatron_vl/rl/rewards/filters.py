@@ -6,15 +6,14 @@ relevance. How relevance is decided there is not published; ours asks the same m
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vl.rl.rewards.chat_server import ChatFailure, ChatServer
 from megatron_vl.rl.rewards.judge import Judge
-from megatron_vl.rl.rewards.verdict import MINIMUM, Malformed, Verdict, VerifierError
+from megatron_vl.rl.rewards.verdict import VerifierError
 
 PASSES = 4
+MARGIN = 0.25
 PASS_TEMPERATURE = 1.0  # at 0 four passes would be one
 
 CHECKABLE = (
@@ -52,44 +51,17 @@ def checkable(judge: Judge, question: str, gold: str, passes: int = PASSES) -> D
     return Decision(True, "checkable", f"{passes} passes")
 
 
-def needs_image(
-    ask: Callable[[bool, int], str], score: Callable[[str], Verdict], samples: int = 4, margin: float = 0.25
-) -> Decision:
+def needs_image(seen: Sequence[float], blind: Sequence[float], margin: float = MARGIN) -> Decision:
     """Keeps a prompt if its answers get worse without the image: by at least `margin` of the mean score.
 
-    ask: (with image, seed) -> response, may raise ChatFailure. score: the prompt's own verifier. A prompt that is never
-    answered rightly with its image is not kept: nothing shows that the image matters, and training learns nothing from
-    it either. An error of model or verifier decides nothing.
+    seen, blind: scores of responses with and without the image. A prompt that is never answered rightly with its image
+    is not kept: nothing shows that the image matters, and training learns nothing from it either. Without a single
+    verdict on one of the two nothing is decided.
     """
-    means = []
-    for with_image in (True, False):
-        total = 0.0
-        for seed in range(samples):
-            try:
-                verdict = score(ask(with_image, seed))
-            except ChatFailure as failure:
-                return Decision(None, f"judge_{failure.reason}", failure.detail)
-            if isinstance(verdict, VerifierError):
-                return Decision(None, verdict.reason, verdict.detail)
-            total += MINIMUM if isinstance(verdict, Malformed) else verdict.score
-        means.append(total / samples)
-    seen, blind = means
-    keep = seen - blind >= margin
+    if not seen or not blind:
+        return Decision(None, "no_verdict", f"{len(seen)} with the image, {len(blind)} without")
+    with_image, without = sum(seen) / len(seen), sum(blind) / len(blind)
+    keep = with_image - without >= margin
     return Decision(
-        keep, "needs_image" if keep else "image_not_needed", f"with {seen:.2f}, without {blind:.2f}"
+        keep, "needs_image" if keep else "image_not_needed", f"with {with_image:.2f}, without {without:.2f}"
     )
-
-
-def ask_with_image(
-    server: ChatServer, question: str, image: bytes, media_type: str, temperature: float = 1.0
-) -> Callable[[bool, int], str]:
-    """The `ask` of `needs_image` for a served model. image: encoded, e.g. the bytes of a PNG file (`image/png`)."""
-    url = f"data:{media_type};base64,{base64.b64encode(image).decode()}"
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    text = {"type": "text", "text": question}
-
-    def ask(with_image: bool, seed: int) -> str:
-        content = [picture, text] if with_image else [text]
-        return server.complete(server.body([{"role": "user", "content": content}], temperature, seed))
-
-    return ask

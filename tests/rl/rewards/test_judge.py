@@ -15,7 +15,7 @@ import pytest
 from megatron_vl.errors import ConfigErrors, DataError
 from megatron_vl.rl.rewards.chat_server import ChatServer, ServerSettings
 from megatron_vl.rl.rewards.compose import RewardWeights, compose
-from megatron_vl.rl.rewards.filters import ask_with_image, checkable, needs_image
+from megatron_vl.rl.rewards.filters import checkable, needs_image
 from megatron_vl.rl.rewards.judge import Judge
 from megatron_vl.rl.rewards.kept_verdicts import KeptVerdicts
 from megatron_vl.rl.rewards.score import STOP, Services, score, score_all
@@ -264,23 +264,21 @@ def test_checkability_needs_every_pass():
     assert undecided.keep is None and undecided.reason == "judge_no_connection"
 
 
-def test_whether_the_image_is_needed():
-    task = parse_task({"kind": "count", "answer": 3, "thinking": False})
-
-    def looks(request: Request) -> None:
-        parts = request.body["messages"][0]["content"]
-        sees = parts[0]["type"] == "image_url"
-        assert not sees or parts[0]["image_url"]["url"] == "data:image/png;base64,UE5H"
-        question = parts[-1]["text"]
-        request.says("3" if question == "Known" or (sees and question == "Seen") else "7")
-
-    with serving(looks) as server:
-        chat = judge_at(server.url).server
-        for question, keep in (("Seen", True), ("Known", False), ("Unknown", False)):
-            ask = ask_with_image(chat, question, b"PNG", "image/png")
-            decision = needs_image(ask, lambda text: score(task, text, STOP), samples=2)
-            assert decision.keep is keep, (question, decision)
-    assert needs_image(ask, lambda text: score(task, text, STOP)).keep is None
+@pytest.mark.parametrize(
+    ("seen", "blind", "keep", "reason"),
+    [
+        ([1.0, 1.0], [0.0, 1.0], True, "needs_image"),
+        ([1.0, 0.0], [0.5, 0.0], True, "needs_image"),
+        ([1.0, 0.0], [0.5, 0.25], False, "image_not_needed"),
+        ([1.0, 1.0], [1.0, 1.0], False, "image_not_needed"),
+        ([0.0, 0.0], [0.0, 0.0], False, "image_not_needed"),
+        ([], [0.0], None, "no_verdict"),
+        ([1.0], [], None, "no_verdict"),
+    ],
+)
+def test_whether_the_image_is_needed(seen, blind, keep, reason):
+    decision = needs_image(seen, blind)
+    assert (decision.keep, decision.reason) == (keep, reason)
 
 
 @pytest.mark.parametrize(

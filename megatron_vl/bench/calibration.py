@@ -1,6 +1,7 @@
 """Measured ceilings of this machine, under the names that the planner knows (fields of `plan/devices.py:Device`).
 
-A benchmark's JSON has them under ``calibration``; `tools/plan_parallelism.py --calibrate FILE` takes that file as it is.
+A benchmark's JSON has them under ``calibration``; `tools/plan_parallelism.py --calibrate FILE` takes that file as it
+is.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def _wait(runtime: Runtime) -> None:
 def calibration(rows: Sequence[dict[str, Any]], runtime: Runtime) -> dict[str, float]:
     """Fields of `plan/devices.py:Device`: rate of the largest and latency of the smallest tensor over all axes.
 
-    Ranks of one node measure intra_bytes and collective_seconds, ranks of several inter_bytes and inter_seconds. On a CPU,
-    where the planner slows links down by ranks per core, the values are those of one rank per core.
+    Ranks of one node measure intra_bytes and collective_seconds, ranks of several inter_bytes and inter_seconds. On a
+    CPU, where the planner slows links down by ranks per core, the values are those of one rank per core.
     """
     if not rows:
         return {}

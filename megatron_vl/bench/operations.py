@@ -1,7 +1,8 @@
 """The operations that csrc/ has kernels for, and those that they are measured against, as one table.
 
-An operation is one entry of `OPERATIONS`: a function that makes its inputs at a size and names the ways of computing it,
-PyTorch's first. ``ours`` is looked up when the table is made; where it is not there the row says why.
+An operation is one entry of `OPERATIONS`: a function that makes its inputs at a size and names the ways of computing
+it, PyTorch's first. ``ours`` is the kernel itself, whatever the dispatch would choose; where there is none the row says
+why.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vl.bench.loss import Alone
-from megatron_vl.bench.plain_model import turned_pairs
+from megatron_vl.bench.plain_model import tower_angles, turned_pairs
 from megatron_vl.config.model import CLIP_MEAN, CLIP_STD, ModelConfig
-from megatron_vl.model.vision_encoder import gather_3x3, patchify, rotary_angles
+from megatron_vl.errors import MegatronVLError
 from megatron_vl.ops.activation import quick_gelu
 from megatron_vl.ops.context_attention import attention
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, score_tokens
-from megatron_vl.ops.pixels import normalised
 from megatron_vl.plan.cost import view_flops
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.vision_share import CROP, GLOBAL
@@ -71,12 +71,21 @@ class Work:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-def ours(module: str, name: str) -> tuple[dict[str, Callable], dict[str, str]]:
-    """({"ours": callable}, {}) of an operation of `megatron_vl.ops`, or ({}, {"ours": why not})."""
+def kernel(
+    size: Size, operator: str, call: Callable[[Callable], Way]
+) -> tuple[dict[str, Way], dict[str, str]]:
+    """({"ours": way}, {}) for an operator of csrc/, or ({}, {"ours": why it cannot be used on this device}).
+
+    call: makes the way from the operator.
+    """
     try:
-        return {"ours": getattr(importlib.import_module(f"megatron_vl.ops.{module}"), name)}, {}
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return {}, {"ours": f"{type(error).__name__}: {error}"}
+        library = importlib.import_module("megatron_vl.ops.library")
+        reason = library.why_not(size.device)
+        if reason is None:
+            return {"ours": call(getattr(torch.ops.megatron_vl, operator))}, {}
+    except (ImportError, AttributeError, MegatronVLError) as error:
+        reason = str(error)
+    return {}, {"ours": reason}
 
 
 def projector(size: Size) -> Work:
@@ -99,18 +108,43 @@ def projector(size: Size) -> Work:
         return run
 
     def gathered(x, w1, b1, w2, b2, w3):
-        x = F.linear(gather_3x3(x), w1.flatten(1), b1)
-        return F.linear(F.linear(gather_3x3(x), w2.flatten(1), b2), w3)
+        for weight, bias in ((w1, b1), (w2, b2)):
+            grid = math.isqrt(x.shape[0])
+            image = x.permute(1, 2, 0).unflatten(2, (grid, grid))
+            x = F.linear(F.unfold(image, 3, padding=1, stride=2).permute(2, 0, 1), weight.flatten(1), bias)
+        return F.linear(x, w3)
+
+    found, missing = projector_kernel(size)
 
     flops = view_flops(size.model, size.kind)
     tokens = (vision.crop_tokens, vision.global_tokens)[size.kind]
     moved = _bytes(x, w1, w2, w3) + size.views * tokens * hidden * x.element_size()
-    return Work(
-        _views(size), (x, w1, b1, w2, b2, w3), size.views * (flops["downsamplers"] + flops["projector"]), moved, 2.0,
-        {"stock (channels first)": convolutions(torch.contiguous_format),
-         "channels last": convolutions(torch.channels_last), "gathered (installed)": gathered},
-        {"ours": "not in this build"},
-    )  # fmt: skip
+    ways = {
+        "stock (channels first)": convolutions(torch.contiguous_format),
+        "channels last": convolutions(torch.channels_last),
+        "gathered": gathered,
+    }
+    work = size.views * (flops["downsamplers"] + flops["projector"])
+    return Work(_views(size), (x, w1, b1, w2, b2, w3), work, moved, 2.0, ways | found, missing)
+
+
+def projector_kernel(size: Size) -> tuple[dict[str, Way], dict[str, str]]:
+    """Our way of the projector: `ops/projector.py`, both convolutions, then the linear layer."""
+    try:
+        module = importlib.import_module("megatron_vl.ops.projector")
+    except ImportError as error:
+        return {}, {"ours": str(error)}
+
+    def call(operator: Callable) -> Way:
+        del operator  # its gradients are described by the package's function
+
+        def run(x, w1, b1, w2, b2, w3):
+            x = module.token_conv(module.token_conv(x, w1.flatten(1), b1), w2.flatten(1), b2)
+            return F.linear(x, w3)
+
+        return run
+
+    return kernel(size, "projector_conv", call)
 
 
 def bias_quick_gelu(size: Size) -> Work:
@@ -118,14 +152,16 @@ def bias_quick_gelu(size: Size) -> Work:
     f = size.model.vision.ffn_hidden_size
     x, bias = size.random(size.grid**2, size.views, f), size.random(f)
     ways = {"torch": lambda x, bias: quick_gelu(x + bias)}
-    return _element_wise(size, (x, bias), 2 * _bytes(x), 1.5, ways)
+    found = kernel(size, "bias_quick_gelu", lambda operator: operator)
+    return _element_wise(size, (x, bias), 2 * _bytes(x), 1.5, ways, *found)
 
 
 def layer_scale_residual(size: Size) -> Work:
     """``residual + gamma * (x + bias)`` over ``[s, b, h]``."""
     inputs = _residual_inputs(size)
     ways = {"torch": lambda x, bias, gamma, residual: residual + gamma * (x + bias)}
-    return _element_wise(size, inputs, 3 * _bytes(inputs[0]), 4 / 3, ways)
+    found = kernel(size, "scale_residual", lambda operator: operator)
+    return _element_wise(size, inputs, 3 * _bytes(inputs[0]), 4 / 3, ways, *found)
 
 
 def layer_scale_residual_norm(size: Size) -> Work:
@@ -134,52 +170,63 @@ def layer_scale_residual_norm(size: Size) -> Work:
     width = size.model.vision.hidden_size
     weight, shift = size.random(width), size.random(width)
 
+    eps = size.model.vision.layernorm_epsilon
+
     def torch_way(x, bias, gamma, residual, weight, shift):
         y = residual + gamma * (x + bias)
-        return y, F.layer_norm(y, (width,), weight, shift, size.model.vision.layernorm_epsilon)
+        return y, F.layer_norm(y, (width,), weight, shift, eps)
 
-    return _element_wise(
-        size, (x, bias, gamma, residual, weight, shift), 4 * _bytes(x), 5 / 4, {"torch": torch_way}
-    )
+    found = kernel(size, "scale_residual_norm", lambda operator: lambda *inputs: operator(*inputs, eps)[:2])
+    inputs = (x, bias, gamma, residual, weight, shift)
+    return _element_wise(size, inputs, 4 * _bytes(x), 5 / 4, {"torch": torch_way}, *found)
 
 
 def rope_2d(size: Size) -> Work:
-    """The tower's rotary embedding on q and k, ``[s, b, heads, d]`` each, as Megatron-Core applies it."""
+    """q, k and v apart from ``[s, b, heads, 3 d]``, q and k rotated; Megatron-Core's way first."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     vision = size.model.vision
-    shape = (size.grid**2, size.views, vision.num_attention_heads, vision.head_dim)
-    q, k = size.random(*shape), size.random(*shape)
-    angles = rotary_angles(size.grid, vision.head_dim, vision.rotary_base, size.device)
-    cos, sin = (t.to(size.dtype)[:, 0, 0, None, None] for t in (angles.cos(), angles.sin()))
+    qkv = size.random(size.grid**2, size.views, vision.num_attention_heads, 3 * vision.head_dim)
+    angles = tower_angles(vision, size.grid).to(size.device, torch.float32)
+    cos, sin = (t.to(size.dtype)[:, None, None] for t in (angles.cos(), angles.sin()))
+    table = torch.stack([angles[:, ::2].cos(), angles[:, ::2].sin()], dim=-1)
 
-    def megatron(q, k):
-        return tuple(_apply_rotary_pos_emb_bshd(x, angles, rotary_interleaved=True) for x in (q, k))
+    def megatron(qkv):
+        q, k, v = qkv.chunk(3, dim=-1)
+        turned = (
+            _apply_rotary_pos_emb_bshd(x, angles[:, None, None], rotary_interleaved=True) for x in (q, k)
+        )
+        return *turned, v
 
-    ways = {
-        "torch (Megatron-Core)": megatron,
-        "torch (pairs)": lambda q, k: tuple(turned_pairs(x, cos, sin) for x in (q, k)),
-    }
-    return _element_wise(size, (q, k), 4 * _bytes(q), 1.0, ways)
+    def pairs(qkv):
+        q, k, v = qkv.chunk(3, dim=-1)
+        return turned_pairs(q, cos, sin), turned_pairs(k, cos, sin), v
+
+    found = kernel(
+        size, "rope_2d", lambda operator: lambda qkv: tuple(x.transpose(0, 1) for x in operator(qkv, table))
+    )
+    ways = {"torch (Megatron-Core)": megatron, "torch (pairs)": pairs}
+    return _element_wise(size, (qkv,), 2 * _bytes(qkv), 1.0, ways, *found)
 
 
 def patches(size: Size) -> Work:
     """Bytes ``[n, 3, S, S]`` to normalised patches ``[s, n, 3 * p * p]``; no gradient."""
     vision = size.model.vision
-    side = size.grid * vision.patch_size
+    side, patch, grid = size.grid * vision.patch_size, vision.patch_size, size.grid
     pixels = torch.randint(0, 256, (size.views, 3, side, side), dtype=torch.uint8, device=size.device)
-    mean, std = (torch.tensor(v, device=size.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    mean, deviation = (torch.tensor(v, device=size.device) for v in (CLIP_MEAN, CLIP_STD))
 
     def plain(pixels):
-        return patchify(((pixels.float() / 255 - mean) / std).to(size.dtype), vision.patch_size)
+        x = ((pixels.float() / 255 - mean[:, None, None]) / deviation[:, None, None]).to(size.dtype)
+        x = x.view(size.views, 3, grid, patch, grid, patch)
+        return x.permute(2, 4, 0, 1, 3, 5).reshape(grid**2, size.views, -1)
 
-    def installed(pixels):
-        return patchify(normalised(pixels, size.dtype), vision.patch_size)
-
-    element = torch.finfo(size.dtype).bits // 8
-    return _element_wise(
-        size, (pixels,), pixels.numel() * (1 + element), 0.0, {"torch": plain, "installed": installed}
+    half = size.dtype == torch.bfloat16
+    found = kernel(
+        size, "patchify", lambda operator: lambda pixels: operator(pixels, mean, deviation, patch, half)
     )
+    element = torch.finfo(size.dtype).bits // 8
+    return _element_wise(size, (pixels,), pixels.numel() * (1 + element), 0.0, {"torch": plain}, *found)
 
 
 def packed_attention(size: Size) -> Work:
@@ -259,10 +306,13 @@ def document_lengths(tokens: int) -> list[int]:
     return lengths
 
 
-def _element_wise(size: Size, inputs: Tensors, nbytes: float, backward: float, ways: dict[str, Way]) -> Work:
+def _element_wise(
+    size: Size, inputs: Tensors, nbytes: float, backward: float, ways: dict[str, Way], found: dict[str, Way],
+    missing: dict[str, str],
+) -> Work:  # fmt: skip
     if size.device.type == "cuda":
         ways = ways | {"torch.compile": torch.compile(next(iter(ways.values())), dynamic=False)}
-    return Work(_views(size), inputs, 0.0, nbytes, backward, ways, {"ours": "not in this build"})
+    return Work(_views(size), inputs, 0.0, nbytes, backward, ways | found, missing)
 
 
 def _residual_inputs(size: Size) -> Tensors:

@@ -30,6 +30,15 @@ def turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def tower_angles(vision: VisionConfig, grid: int) -> Tensor:
+    """Angles of RoPE-2D, ``[grid^2, head]``: the first half of a head turns with the column, the second with the row;
+    each angle stands twice, for an adjacent pair."""
+    half = vision.head_dim // 2
+    frequencies = vision.rotary_base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
+    along = (torch.arange(grid)[:, None] * frequencies).repeat_interleave(2, dim=-1)
+    return torch.cat([along.repeat(grid, 1), along.repeat_interleave(grid, dim=0)], dim=-1)
+
+
 class TowerBlock(nn.Module):
     """Pre-norm block with layer scale; full attention, RoPE-2D, quick_gelu."""
 
@@ -93,14 +102,9 @@ class PlainTower(nn.Module):
         return image.flatten(2)[0].t().to(self.positional_embedding.dtype)
 
     def angles(self, grid: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, ``[grid^2, head]``: the first half of a head turns with the column, the second with the
-        row."""
+        """Cosines and sines, ``[grid^2, head]``."""
         if grid not in self._angles:
-            half = self.vision.head_dim // 2
-            frequencies = self.vision.rotary_base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-            along = (torch.arange(grid)[:, None] * frequencies).repeat_interleave(2, dim=-1)
-            both = [along.repeat(grid, 1), along.repeat_interleave(grid, dim=0)]
-            angles = torch.cat(both, dim=-1)
+            angles = tower_angles(self.vision, grid)
             self._angles[grid] = tuple(t.to(like.device, like.dtype) for t in (angles.cos(), angles.sin()))
         return self._angles[grid]
 

@@ -63,18 +63,19 @@ def record_of(
         "tower_share": middle.tower_share,
         "memory_bytes": max(m.memory_bytes for m in steps),
         "data_wait_seconds": spread([m.data_wait_seconds for m in steps]),
-        "phases": {
-            name: {"first": everyone[0][name], "min": min(r[name] for r in everyone), "max": max(r[name] for r in everyone)}
-            for name in PHASES
-        },
+        "phases": {name: _over_ranks([rank[name] for rank in everyone]) for name in PHASES},
         "loss": middle.loss,
     }  # fmt: skip
 
 
+def _over_ranks(seconds: Sequence[float]) -> dict[str, float]:
+    return {"first": seconds[0], "min": min(seconds), "max": max(seconds)}
+
+
 def report(record: dict[str, Any]) -> str:
     """The record for people."""
-    seconds, rows = record["step_seconds"], record["rows"]
-    machine = record["machine"]
+    seconds, rows, views = record["step_seconds"], record["rows"], record["views"]
+    machine, waited = record["machine"], record["data_wait_seconds"]["median"]
     lines = [
         f"{machine['device']}, torch {machine['torch']}, {record['ranks']} ranks: {record['layout']}",
         f"{rows['global']} rows of {rows['tokens']:,} tokens, {rows['micro_batches']} micro-batches of "
@@ -85,8 +86,8 @@ def report(record: dict[str, Any]) -> str:
         f"step {seconds['median']:.4g} s (min {seconds['min']:.4g}, max {seconds['max']:.4g}) of {record['steps']}",
         f"{record['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU | {record['model_tflops']:.4g} TFLOP/s/GPU | MFU "
         f"{record['mfu']:.1%} of {record['mfu_of_tflops']:.4g} TFLOP/s, the tower's share {record['tower_share']:.1%}",
-        f"peak memory {record['memory_bytes'] / GIB:.2f} GiB | data wait {record['data_wait_seconds']['median']:.4f} s | "
-        f"{record['views']['images']} images, {record['views']['crops']} crops, balance {record['views']['balance']:.2f}",
+        f"peak memory {record['memory_bytes'] / GIB:.2f} GiB | data wait {waited:.4f} s | {views['images']} images, "
+        f"{views['crops']} crops, balance {views['balance']:.2f}",
         "",
     ]
     total = sum(phase["first"] for phase in record["phases"].values()) or 1.0

@@ -110,10 +110,11 @@ def _micro_batch(config: RunConfig, layout: Layout, rank: int, shape: Shape, num
     if coords.pp or not batch.view_kinds:
         return batch
     mine = share_views(batch.view_kinds, layout.vision_size, view_costs(model))[layout.vision_rank(coords)]
-    pixels = {
-        kind: [_pixels(side, (data.seed, number, view), data.image_mode) for view in mine if batch.view_kinds[view] == kind]
-        for kind, side in ((CROP, model.vision.crop_size), (GLOBAL, model.vision.image_size))
-    }  # fmt: skip
+    pixels: dict[int, list[torch.Tensor]] = {CROP: [], GLOBAL: []}
+    for view in mine:
+        kind = batch.view_kinds[view]
+        side = model.vision.crop_size if kind == CROP else model.vision.image_size
+        pixels[kind].append(_pixels(side, (data.seed, number, view), data.image_mode))
     return replace(
         batch,
         crop_pixels=torch.stack(pixels[CROP]) if pixels[CROP] else batch.crop_pixels,

@@ -142,5 +142,6 @@ def report(record: dict[str, Any]) -> str:
                 f"{row['off']:.1e}",
             )  # fmt: skip
         )
-    head = f"{machine['device']}, torch {machine['torch']}, {machine['dtype']}, GEMM {record['gemm_flops'] / 1e12:.4g} TFLOP/s"
+    gemm = f"GEMM {record['gemm_flops'] / 1e12:.4g} TFLOP/s"
+    head = f"{machine['device']}, torch {machine['torch']}, {machine['dtype']}, {gemm}"
     return f"{head}; tower, downsamplers and projector, forward and backward\n\n{table(rows)}"

@@ -129,15 +129,13 @@ def main(arguments: list[str]) -> int:
     print()
     for line in lines:
         value = "" if line["measured"] is None else f"{line['measured']:.3f}"
-        print(
-            f"{'met' if line['met'] else 'NOT MET':<8} {line['line']:<40} {line['asked']:<8} {value:>8}  {line.get('why', '')}"
-        )
+        met = "met" if line["met"] else "NOT MET"
+        print(f"{met:<8} {line['line']:<40} {line['asked']:<8} {value:>8}  {line.get('why', '')}")
     for name in ("text", "mixture", "slice"):
         if name in records:
             record = records[name]
-            print(
-                f"\n{name}: step {record['step_seconds']['median']:.3f} s, peak {record['memory_bytes'] / 2**30:.1f} GiB"
-            )
+            seconds, memory = record["step_seconds"]["median"], record["memory_bytes"] / 2**30
+            print(f"\n{name}: step {seconds:.3f} s, peak {memory:.1f} GiB")
             for item in record.get("largest", [])[:3]:
                 print(f"  {item['share']:.1%} in {item['calls']} calls of {item['name'][:100]}")
     target.write_text(json.dumps({"parts": parts, "lines": lines, "records": records}, indent=1) + "\n")

@@ -87,7 +87,7 @@ def test_a_phase_that_is_missing_shows_as_other():
 def test_plain_pytorch_is_the_same_model(world):
     """Losses of five steps: forward, gradients, clipping and AdamW are equal, or the third would differ."""
     config = replace(RUN, train=replace(RUN.train, micro_batch_size=2))
-    record, _ = world.run(1, against_plain, config, 5)[0]
+    record = world.run(1, against_plain, config, 5)[0]
     assert record["loss_difference"] < 1e-5 and record["turns"] == 5
     assert record["first_losses"]["plain"] == pytest.approx(record["first_losses"]["ours"], rel=1e-6)
 

@@ -19,6 +19,7 @@ from megatron_vl.bench.loss import Alone
 from megatron_vl.bench.plain_model import tower_angles, turned_pairs
 from megatron_vl.config.model import CLIP_MEAN, CLIP_STD, ModelConfig
 from megatron_vl.errors import MegatronVLError
+from megatron_vl.ops import library
 from megatron_vl.ops.activation import quick_gelu
 from megatron_vl.ops.context_attention import attention
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, score_tokens
@@ -79,11 +80,10 @@ def kernel(
     call: makes the way from the operator.
     """
     try:
-        library = importlib.import_module("megatron_vl.ops.library")
         reason = library.why_not(size.device)
         if reason is None:
             return {"ours": call(getattr(torch.ops.megatron_vl, operator))}, {}
-    except (ImportError, AttributeError, MegatronVLError) as error:
+    except (AttributeError, MegatronVLError) as error:
         reason = str(error)
     return {}, {"ours": reason}
 
@@ -129,22 +129,25 @@ def projector(size: Size) -> Work:
 
 
 def projector_kernel(size: Size) -> tuple[dict[str, Way], dict[str, str]]:
-    """Our way of the projector: `ops/projector.py`, both convolutions, then the linear layer."""
+    """Our ways of the projector: `ops/projector.py` with each of its kernels, then the linear layer."""
     try:
         module = importlib.import_module("megatron_vl.ops.projector")
     except ImportError as error:
         return {}, {"ours": str(error)}
+    reason = library.why_not(size.device)
+    if reason is not None:
+        return {}, {"ours": reason}
 
-    def call(operator: Callable) -> Way:
-        del operator  # its gradients are described by the package's function
-
+    def by(kernel: str) -> Way:
         def run(x, w1, b1, w2, b2, w3):
-            x = module.token_conv(module.token_conv(x, w1.flatten(1), b1), w2.flatten(1), b2)
+            library.choose_kernels("on", size.device)
+            module.use_projector(kernel)
+            x = module.downsample(module.downsample(x, w1.flatten(1), b1), w2.flatten(1), b2)
             return F.linear(x, w3)
 
         return run
 
-    return kernel(size, "projector_conv", call)
+    return {f"ours, {kernel}": by(kernel) for kernel in module.KERNELS}, {}
 
 
 def bias_quick_gelu(size: Size) -> Work:

@@ -56,8 +56,9 @@ def test_layouts(world, ranks, parallel):
     assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"] and record["steps"] == 2
     phases = record["phases"]
     assert all(phase["first"] > -1e-6 for phase in phases.values())
-    # at two steps the median is their mean, and so are the phases'
-    assert sum(phase["first"] for phase in phases.values()) == pytest.approx(seconds["median"], rel=1e-6)
+    # at two steps the median is their mean, and so are the phases'; the step's time is the slowest rank's
+    assert sum(phase["first"] for phase in phases.values()) <= seconds["median"] * (1 + 1e-6)
+    assert sum(phase["max"] for phase in phases.values()) >= seconds["median"] * (1 - 1e-6)
     assert phases["vision forward"]["max"] > 0 < phases["vision backward"]["max"]
     assert phases["optimizer"]["first"] > 0 < phases["gradient reduction"]["max"]
     # the log's FLOP count: the same documents and views by hand

@@ -140,7 +140,7 @@ def projector_kernel(size: Size) -> tuple[dict[str, Way], dict[str, str]]:
 
     def by(kernel: str) -> Way:
         def run(x, w1, b1, w2, b2, w3):
-            library.choose_kernels("on", size.device)
+            library.choose_kernels("required", size.device)
             module.use_projector(kernel)
             x = module.downsample(module.downsample(x, w1.flatten(1), b1), w2.flatten(1), b2)
             return F.linear(x, w3)

@@ -4,6 +4,11 @@
     python tools/benchmark_throughput.py images                          decode, resize and normalise, per core
     python tools/benchmark_throughput.py images --sizes 1920x1080 --json images.json
     python tools/benchmark_throughput.py loss                            chunked cross entropy: memory, time
+    python tools/benchmark_throughput.py step RUN.yaml --nproc 4         training steps of any run in any layout
+    python tools/benchmark_throughput.py step RUN.yaml --against-plain   ... against plain PyTorch, on one CPU rank
+    python tools/benchmark_throughput.py tower RUN.yaml                  the vision tower against plain PyTorch
+    python tools/benchmark_throughput.py kernels                         each operation against its twins; ceilings
+    python tools/benchmark_throughput.py collectives --nproc 4           collectives over the groups of a layout
 
 Exit code 0: measured, and what was computed is right; 1: something was not, or (--require) too slow; 2: a bad
 command.
@@ -22,12 +27,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 # A clone measures its own code, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_vl.bench import images, loss  # noqa: E402
+from megatron_vl.bench import collectives, images, kernels, loss, step, tower  # noqa: E402
 from megatron_vl.errors import MegatronVLError  # noqa: E402
 
 BENCHMARKS = {
     "images": images,
     "loss": loss,
+    "step": step,
+    "tower": tower,
+    "kernels": kernels,
+    "collectives": collectives,
 }  # each has HELP, add_arguments(parser), run(options) -> (report, record, good)
 
 
@@ -41,11 +50,19 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=module.HELP)
         command.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, left = parser.parse_known_args(arguments)
+    # argparse takes overrides up to the first option only
+    if left and (not hasattr(options, "overrides") or any(text.startswith("-") for text in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides = [*options.overrides, *left]
+    options.again = [sys.executable, str(Path(__file__).resolve()), *arguments]  # what each local rank runs
     try:
         report, record, good = BENCHMARKS[options.benchmark].run(options)
-        print(report)
-        if options.json:
+        if report:  # ranks other than the first, and who started them, have none
+            print(report)
+        if options.json and report:
             Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (MegatronVLError, OSError) as error:
         print(f"benchmark_throughput.py: {error}", file=sys.stderr)

@@ -80,7 +80,8 @@ def device_of(name: str, calibration: str | None = None) -> Device:
     """The device by its name in `DEVICES`, with the values of a calibration file put in.
 
     calibration: JSON object of field names of `Device` (not `name`) and numbers; other keys of the file are refused.
-    Raises ConfigError.
+    Or what `tools/benchmark_throughput.py kernels` or `collectives` has written, which holds such an object under
+    `calibration`. Raises ConfigError.
     """
     if name not in DEVICES:
         raise ConfigError(f"gpu = {name}: no such table; choose one of {', '.join(DEVICES)}")
@@ -97,6 +98,8 @@ def _measured(path: Path) -> Mapping[str, float]:
         raise ConfigError(
             f"calibrate = {path}: cannot be read as JSON ({error}); give the benchmark's file"
         ) from error
+    if isinstance(found, dict) and "calibration" in found:
+        found = found["calibration"]
     kinds = {
         field.name: int if field.type == "int" else float for field in fields(Device) if field.name != "name"
     }

@@ -115,7 +115,8 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         write_resolved(folder, loaded, chosen)
     saver = Saver(folder / "checkpoints", config.checkpoint, live_parts(parts), chosen, say)
     saver.source_dtypes = first_weight.dtypes
-    say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, meter.peak)))
+    names = (parts.backend.name, parts.fused_kernels)
+    say("\n".join(startup_report(loaded, runtime, *names, parts.dtype, meter.peak)))
     return Run(
         parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps, saver, stored
     )
@@ -129,7 +130,12 @@ def live_parts(parts: Parts) -> Live:
 
 def resolved(config: RunConfig, parts: Parts) -> RunConfig:
     """The configuration with ``auto`` replaced by what was chosen."""
-    parallel = replace(config.parallel, device=parts.runtime.device.type, layer_backend=parts.backend.name)
+    parallel = replace(
+        config.parallel,
+        device=parts.runtime.device.type,
+        layer_backend=parts.backend.name,
+        fused_kernels="required" if parts.fused_kernels == "used" else "never",
+    )
     params = "bf16" if parts.dtype == torch.bfloat16 else "fp32"
     return replace(config, parallel=parallel, precision=replace(config.precision, params=params))
 

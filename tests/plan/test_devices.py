@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_vl.bench.calibration import Ceilings
 from megatron_vl.errors import ConfigError
 from megatron_vl.plan.cost import PEAK_FLOPS
 from megatron_vl.plan.devices import DEVICES, device_of
@@ -25,6 +26,24 @@ def test_measured_values_replace_nominal_ones(tmp_path):
     device = device_of("H100", str(file))
     assert (device.matmul_flops, device.node_ranks, device.layer_seconds) == (7.0e14, 4, 0.0)
     assert device.attention_flops == DEVICES["H100"].attention_flops
+
+
+def test_a_benchmarks_file_is_a_calibration(tmp_path):
+    """Every field that `benchmark_throughput.py` measures is one of the planner's; its rows are not looked at."""
+    file = tmp_path / "kernels.json"
+    ceilings = Ceilings(
+        gemm=8e14, copy=4e12, matmul=7e14, matmul_few=3e14, rows=8192, attention=5e14, element=3e12
+    )
+    calibration = ceilings.calibration()
+    file.write_text(json.dumps({"rows": [1], "calibration": calibration}))
+    device = device_of("H200", str(file))
+    assert {name: getattr(device, name) for name in calibration} == calibration
+    # through both measured points: rate = matmul_flops * rows / (rows + half_rows)
+    for rows, rate in ((8192, 7e14), (192, 3e14)):
+        assert device.matmul_flops * rows / (rows + device.half_rows) == pytest.approx(rate)
+    file.write_text(json.dumps({"calibration": [1]}))
+    with pytest.raises(ConfigError, match="must be an object"):
+        device_of("H200", str(file))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class ParallelConfig:
         choices=("built_in", "fa3", "fa4"),
     )
     fused_kernels: str = key(
-        "kernels of csrc/ in the vision part: auto = on Hopper GPUs where they are built; required = refuse to run without",
+        "kernels of csrc/ in the vision part: auto = on Hopper GPUs where they are built; required = or refuse to run",
         "auto",
         choices=("auto", "never", "required"),
     )

@@ -2,8 +2,8 @@
 
 Each operation of this package has a PyTorch form and one line that chooses between the two by ``uses_kernels``. Which
 library: the file that ``MEGATRON_VL_OPS`` names, else what `make -C csrc` has built beside the package. Its kernels are
-for Hopper (sm_90); its CPU form runs the same bodies and serves tests and `parallel.fused_kernels=required` without a GPU.
-No kernel of it has run on a GPU yet.
+for Hopper (sm_90); its CPU form runs the same bodies, for tests and `parallel.fused_kernels=required` without a GPU. No
+kernel of it has run on a GPU yet.
 """
 
 from __future__ import annotations

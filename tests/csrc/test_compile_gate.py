@@ -26,10 +26,10 @@ extern "C" __global__ void __launch_bounds__(1024, 2) planted(const float* x, fl
 }
 """
 INDEXED = """
-extern "C" __global__ void planted(const float* x, float* y, int n) {
-  float held[32];
-  for (int i = 0; i < 32; ++i) held[i] = x[i * n];
-  y[threadIdx.x] = held[(threadIdx.x + n) % 32];
+extern "C" __global__ void planted(const int* where, const float* x, float* y, int n) {
+  float held[64] = {};
+  for (int i = 0; i < n; ++i) held[where[i] % 64] += x[i];
+  for (int i = 0; i < 64; ++i) y[i * n + threadIdx.x] = held[i];
 }
 """
 

@@ -76,7 +76,6 @@ __device__ __forceinline__ void multiply(const Stages& stages, int steps, int gr
   int step = 0;
   do {
     barrier_wait(stages.full_of(step), (step / kStages) & 1);
-    fence_shared_for_async();
     const uint32_t image = stages.image(step);
     const uint64_t a = descriptor(image + group * kSegment, rows), b = descriptor(image + kRowsBytes, columns);
     products_fence();

@@ -7,32 +7,23 @@ namespace {
 
 Matrix checked(const Tensor& x, const Tensor& bias) {
   const Matrix shape(x);
-  format_of(x);
   check_like(x, x, "x");
-  check_like(bias, x, "bias");
-  shape.check_columns(bias, "bias");
+  shape.check_columns(bias, x, "bias");
   return shape;
 }
 
 template <class T>
-int host_forward(const Tensor& x, const Tensor& bias, const Tensor& out, const Matrix& shape) {
-  const BiasQuickGelu<T> body{
-      static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(bias.const_data_ptr()),
-      static_cast<T*>(out.mutable_data_ptr())};
-  host_sweep(body, shape.rows, shape.cols, nullptr);
-  return 0;
+void host_forward(const Tensor& x, const Tensor& bias, const Tensor& out, const Matrix& shape) {
+  host_sweep(BiasQuickGelu<T>{input<T>(x), input<T>(bias), output<T>(out)}, shape.rows, shape.cols, nullptr);
 }
 
 template <class T>
-int host_backward(
+void host_backward(
     const Tensor& grad, const Tensor& x, const Tensor& bias, const Tensor& grad_x, const Tensor& grad_bias,
     const Matrix& shape) {
-  const BiasQuickGeluBackward<T> body{
-      static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
-      static_cast<const T*>(bias.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr())};
-  T* totals[] = {static_cast<T*>(grad_bias.mutable_data_ptr())};
+  const BiasQuickGeluBackward<T> body{input<T>(grad), input<T>(x), input<T>(bias), output<T>(grad_x)};
+  T* totals[] = {output<T>(grad_bias)};
   host_sweep(body, shape.rows, shape.cols, totals);
-  return 0;
 }
 
 Tensor forward_cpu(const Tensor& x, const Tensor& bias) {
@@ -44,8 +35,7 @@ Tensor forward_cpu(const Tensor& x, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& bias) {
   const Matrix shape = checked(x, bias);
-  check_like(grad, x, "grad");
-  STD_TORCH_CHECK(same_sizes(grad, x), "megatron_vl::bias_quick_gelu_backward: grad and x differ in shape");
+  check_twin(grad, x, "grad");
   Tensor grad_x = torch::stable::empty_like(x), grad_bias = torch::stable::empty_like(bias);
   MVL_BY_FORMAT(format_of(x), host_backward, grad, x, bias, grad_x, grad_bias, shape);
   return {grad_x, grad_bias};
@@ -67,15 +57,14 @@ Tensor forward_cuda(const Tensor& x, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& bias) {
   const Matrix shape = checked(x, bias);
-  check_like(grad, x, "grad");
-  STD_TORCH_CHECK(same_sizes(grad, x), "megatron_vl::bias_quick_gelu_backward: grad and x differ in shape");
+  check_twin(grad, x, "grad");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor grad_x = torch::stable::empty_like(x), grad_bias = torch::stable::empty_like(bias);
   const Tensor partials = empty_floats(x, {sweep_partials(shape.rows, shape.cols, width_of(x), 1)});
   check_launch(
       mvl_bias_quick_gelu_backward(
           format_of(x), grad.const_data_ptr(), x.const_data_ptr(), bias.const_data_ptr(), grad_x.mutable_data_ptr(),
-          grad_bias.mutable_data_ptr(), static_cast<float*>(partials.mutable_data_ptr()), shape.rows, shape.cols,
+          grad_bias.mutable_data_ptr(), output<float>(partials), shape.rows, shape.cols,
           current_stream(x)),
       "bias_quick_gelu_backward");
   return {grad_x, grad_bias};

@@ -48,7 +48,9 @@ def problems(source: str, is_gemm: bool, listing: str) -> list[str]:
         opcodes += found
         local = sum(op in ("LDL", "STL") for op in found)
         if local:
-            wrong.append(f"{source}: {name}: {local} local-memory accesses (LDL, STL); an array or a spill is there")
+            wrong.append(
+                f"{source}: {name}: {local} local-memory accesses (LDL, STL); an array or a spill is there"
+            )
         if not found:
             wrong.append(f"{source}: {name}: no instruction could be read")
     if is_gemm and "HGMMA" not in opcodes:

@@ -55,6 +55,17 @@ class ParallelConfig:
         "built_in",
         choices=("built_in", "fa3", "fa4"),
     )
+    fused_kernels: str = key(
+        "kernels of csrc/ in the vision part: auto = on Hopper GPUs where they are built; on = refuse to run without",
+        "auto",
+        choices=("auto", "off", "on"),
+    )
+    projector_kernel: str = key(
+        "the projector's convolutions among fused kernels: windows gathered for the library's products, or implicit "
+        "products",
+        "gather",
+        choices=("gather", "implicit"),
+    )
     timeout_seconds: int = key(
         "how long a collective may wait before the run ends with an error", 600, at_least=1
     )

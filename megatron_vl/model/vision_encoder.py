@@ -7,65 +7,20 @@ convolutions: downsampler.py), so that placement ``tensor`` shards every one of 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
-from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.model.backend import Backend, block_spec
 from megatron_vl.model.downsampler import FirstDownsampler, SecondDownsampler
-from megatron_vl.ops.pixels import normalised
-
-
-class LayerScaleResidual(torch.nn.Module):
-    """``residual + gamma * (x + bias)`` in Megatron-Core's bias-dropout-add slot; gamma is per channel."""
-
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.gamma = torch.nn.Parameter(torch.empty(hidden_size, dtype=dtype))
-
-    def forward(self, training: bool, fused: bool):
-        del training, fused  # one form only; csrc/ may bring a fused one
-
-        def add(x_with_bias, residual: torch.Tensor, dropout: float) -> torch.Tensor:
-            assert dropout == 0.0, "the tower has no dropout"
-            x, bias = x_with_bias
-            # Megatron-Core calls the slot under enable_grad even in evaluation and in the first pass of a
-            # recomputed chunk, which would keep a graph alive; what comes in knows better
-            with torch.set_grad_enabled(x.requires_grad or residual.requires_grad):
-                return residual + self.gamma * (x if bias is None else x + bias)
-
-        return add
-
-
-@lru_cache(maxsize=8)
-def rotary_angles(grid: int, head_dim: int, base: float, device: torch.device) -> torch.Tensor:
-    """Angles of RoPE-2D, fp32 ``[grid * grid, 1, 1, head_dim]``, patches in row-major order.
-
-    The first half of the head follows the column, the second half the row; within a half each angle stands
-    twice, for an adjacent pair. Positions are integers, never rescaled (spec/model.md 2.1).
-    """
-    half = head_dim // 2
-    inv_freq = base ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-    per_position = (torch.arange(grid, dtype=torch.float64)[:, None] * inv_freq).repeat_interleave(2, dim=-1)
-    column = per_position[None, :, :].expand(grid, grid, half)
-    row = per_position[:, None, :].expand(grid, grid, half)
-    angles = torch.cat([column, row], dim=-1).reshape(grid * grid, 1, 1, head_dim)
-    return angles.to(device=device, dtype=torch.float32)
-
-
-def patchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """``[n, 3, H, W] -> [(H / patch) * (W / patch), n, 3 * patch * patch]``, channels then rows then columns."""
-    n, c, height, width = pixels.shape
-    x = pixels.reshape(n, c, height // patch, patch, width // patch, patch)
-    return x.permute(2, 4, 0, 1, 3, 5).reshape(-1, n, c * patch * patch)
+from megatron_vl.model.tower_layer import tower_layer_spec
+from megatron_vl.ops.pixels import embedding_patches
+from megatron_vl.ops.rotary import rotary_table
 
 
 class VisionEncoder(MegatronModule):
@@ -96,8 +51,7 @@ class VisionEncoder(MegatronModule):
             )
         )
         self.ln_pre = backend.norm(config=config, hidden_size=width, eps=config.layernorm_epsilon)
-        scale = ModuleSpec(LayerScaleResidual, params={"hidden_size": width, "dtype": config.params_dtype})
-        layer = layer_spec(backend, causal=False, qk_norm=False, residual=scale)
+        layer = tower_layer_spec(backend, width, config.params_dtype)
         self.transformer = TransformerBlock(
             config,
             block_spec(layer, vision.num_layers, backend),
@@ -114,13 +68,13 @@ class VisionEncoder(MegatronModule):
         """
         grid = pixels.shape[-1] // self.vision.patch_size
         hidden = self.embed(pixels, grid)
-        angles = rotary_angles(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
-        hidden = self.transformer(hidden, attention_mask=None, rotary_pos_emb=angles)
+        table = rotary_table(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
+        hidden = self.transformer(hidden, attention_mask=None, rotary_pos_emb=table)
         return self.vit_downsampler2(self.vit_downsampler1(hidden))
 
     def embed(self, pixels: torch.Tensor, grid: int) -> torch.Tensor:
         """Patch embedding plus position table, after ``ln_pre``: ``[grid * grid, n, width]``."""
-        patches, _ = self.conv1(patchify(normalised(pixels, self.conv1.weight.dtype), self.vision.patch_size))
+        patches, _ = self.conv1(embedding_patches(pixels, self.conv1.weight, self.vision.patch_size))
         return self.ln_pre(patches + self.position_table(grid)[:, None, :])
 
     def position_table(self, grid: int) -> torch.Tensor:

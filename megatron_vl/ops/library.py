@@ -22,7 +22,7 @@ NAMES = ("libmegatron_vl_ops.so", "libmegatron_vl_ops_host.so")
 HOPPER = (9, 0)
 PACK_BYTES = 16  # what one access of a kernel moves
 # Modules that tell PyTorch shapes and gradients of the library's operators; imported when it is loaded.
-DESCRIBED_IN = ("megatron_vl.ops.projector_fused",)
+DESCRIBED_IN = ("megatron_vl.ops.fused", "megatron_vl.ops.projector_fused")
 
 _in_use: set[str] = set()  # device types whose tensors go through the kernels
 _loaded: list[Path] = []
@@ -37,7 +37,9 @@ def find_library() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise ConfigError(f"{VARIABLE} = {named}: no such file; build it with `make -C csrc`, or unset it")
+            raise ConfigError(
+                f"{VARIABLE} = {named}: no such file; build it with `make -C csrc`, or unset it"
+            )
         return Path(named)
     return next((BUILD / name for name in NAMES if (BUILD / name).is_file()), None)
 
@@ -70,7 +72,9 @@ def why_not(device: torch.device) -> str | None:
         build = "make -C csrc" if device.type == "cuda" else "make -C csrc host"
         return f"there is no library; run `{build}`, or name one in {VARIABLE}"
     load(path)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("megatron_vl::bias_quick_gelu", device.type.upper()):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "megatron_vl::bias_quick_gelu", device.type.upper()
+    ):
         return f"{path} was built for the CPU only; run `make -C csrc`"
     return None
 

@@ -235,11 +235,14 @@ def tower_kept(vision: VisionConfig, kind: int, count: int, split: int, kernels:
     patches = count * per_view
     stem = patches * element * (IMAGE_CHANNELS * vision.patch_size**2 + width + 2)
     half = halved(grid)
-    down = element * (patches * width + count * half**2 * 2 * width // split)  # tokens; windows are gathered again
+    down = element * (
+        patches * width + count * half**2 * 2 * width // split
+    )  # tokens; windows are gathered again
     if group:
         groups = -(-vision.num_layers // group)
         return stem + down + groups * patches * width * element + per_view * vision.head_dim * FP32
-    return stem + down + vision.num_layers * block_kept(vision, per_view, count, split, kernels)
+    table = per_view * vision.head_dim * FP32 if element == FP32 else 0  # else each block keeps a rounded one
+    return stem + down + table + vision.num_layers * block_kept(vision, per_view, count, split, kernels)
 
 
 def block_kept(vision: VisionConfig, per_view: int, count: int, split: int, kernels: Kernels) -> int:
@@ -250,5 +253,5 @@ def block_kept(vision: VisionConfig, per_view: int, count: int, split: int, kern
     attention = 5 if joined else 6  # q, k, output; the product that v is a view of, or copies of v and output
     cut = attention * width + 3 * vision.ffn_hidden_size  # x, its sigmoid, their product
     logsumexp = FP32 * vision.num_attention_heads // split
-    rotary = 4 * per_view * vision.head_dim * element
+    rotary = per_view * vision.head_dim * element if element != FP32 else 0  # cosines and sines
     return patches * (whole * element + cut * element // split + logsumexp) + rotary

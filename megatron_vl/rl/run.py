@@ -110,7 +110,8 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> RlRun:
     saver = Saver(folder / "checkpoints", config.checkpoint, models.live(), chosen, say)
     saver.source_dtypes = weights.dtypes
     parts = models.actor
-    say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, device_peak(runtime))))
+    names = (parts.backend.name, parts.fused_kernels)
+    say("\n".join(startup_report(loaded, runtime, *names, parts.dtype, device_peak(runtime))))
     say(f"{len(prompts)} prompts; {rl.iterations} iterations of {rl.rollout.samples} responses")
     log = BadSampleLog(str(folder / "bad_samples.jsonl"), write=first)
     return RlRun(

@@ -15,6 +15,8 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.backend import Backend, choose_backend
 from megatron_vl.model.step3_vl import Step3VL
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
+from megatron_vl.ops.library import choose_kernels
+from megatron_vl.ops.projector import use_projector
 from megatron_vl.optim.build import build_optimizer
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
 from megatron_vl.plan.stages import Stage, plan_stages
@@ -25,6 +27,7 @@ class Parts:
     """The live parts of a run on one rank.
 
     chunks: DDP-wrapped, one per virtual stage. stages: the description of each. optimizer: None for evaluation.
+    fused_kernels: whether those of csrc/ are used, in words.
     """
 
     config: RunConfig
@@ -35,6 +38,7 @@ class Parts:
     chunks: list[torch.nn.Module]
     dtype: torch.dtype
     optimizer: MegatronOptimizer | None
+    fused_kernels: str
 
 
 def build(
@@ -52,6 +56,8 @@ def build(
     """
     parallel, model = config.parallel, config.model
     backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
+    fused_kernels = choose_kernels(parallel.fused_kernels, runtime.device)
+    use_projector(parallel.projector_kernel)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(
@@ -76,7 +82,7 @@ def build(
     optimizer = None
     if with_optimizer:
         optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
-    return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer)
+    return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer, fused_kernels)
 
 
 def _wrap(

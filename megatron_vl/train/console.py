@@ -34,7 +34,7 @@ def step_line(m: StepMetrics, total_steps: int, on_cpu: bool, planned: bool = Fa
 
 
 def startup_report(
-    loaded: LoadedRun, runtime: Runtime, backend: str, dtype: torch.dtype, peak: float
+    loaded: LoadedRun, runtime: Runtime, backend: str, fused_kernels: str, dtype: torch.dtype, peak: float
 ) -> list[str]:
     """Parameters by part, cost, layout, backends in use; printed by rank 0 before the first step."""
     config = loaded.config
@@ -42,9 +42,10 @@ def startup_report(
     lines = [*parameter_lines(config.model), "", *flop_lines(config), ""]
     lines += [*layout_lines(config, runtime.layout), "", *stage_lines(config, runtime.layout), ""]
     attention = ", attention scaled_dot_product_attention" if backend == "torch" else ""
+    kernels = "" if fused_kernels == "off" else f", fused kernels {fused_kernels}"
     weights = str(dtype).removeprefix("torch.")
     lines += [
-        f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}",
+        f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}{kernels}",
         f"MFU is a share of {peak / 1e12:.4g} TFLOP/s per rank ({unit}); the tower is counted",
     ]
     return lines

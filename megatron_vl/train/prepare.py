@@ -115,7 +115,8 @@ def prepare(loaded: LoadedRun, runtime: Runtime, phase: Phase) -> Run:
         write_resolved(folder, loaded, chosen)
     saver = Saver(folder / "checkpoints", config.checkpoint, live_parts(parts), chosen, say)
     saver.source_dtypes = first_weight.dtypes
-    say("\n".join(startup_report(loaded, runtime, parts.backend.name, parts.dtype, meter.peak)))
+    names = (parts.backend.name, parts.fused_kernels)
+    say("\n".join(startup_report(loaded, runtime, *names, parts.dtype, meter.peak)))
     return Run(
         parts, Feed(loader, runtime, log), eval_feed, meter, None, say, folder, phase, steps, saver, stored
     )

@@ -8,8 +8,9 @@ import torch
 from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.model.backend import choose_backend
 from megatron_vl.model.fusion import image_slots, put_features
-from megatron_vl.model.vision_encoder import patchify, rotary_angles
 from megatron_vl.ops.activation import quick_gelu
+from megatron_vl.ops.pixels import patchify
+from megatron_vl.ops.rotary import rotary_angles
 from tests.fixtures.independent import interpolation
 from tests.fixtures.small import SMALL
 from tests.model.on_ranks import tower_on_rank

@@ -31,6 +31,16 @@ inline int format_of(const Tensor& x) {
 
 inline int width_of(const Tensor& x) { return 16 / static_cast<int>(x.element_size()); }
 
+template <class T>
+const T* input(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* output(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -39,9 +49,8 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Contiguous, in the format and on the device of `like`, starting at a multiple of 16 bytes.
-inline void check_like(const Tensor& x, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "megatron_vl: ", name, " has another format");
+// Contiguous, on the device of `like`, starting at a multiple of 16 bytes.
+inline void check_place(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(
       x.is_cuda() == like.is_cuda() && x.get_device_index() == like.get_device_index(), "megatron_vl: ", name,
       " is on another device");
@@ -49,6 +58,25 @@ inline void check_like(const Tensor& x, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(
       reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "megatron_vl: ", name,
       " must start at a multiple of 16 bytes");
+}
+
+// The same, and in the format of `like`.
+inline void check_like(const Tensor& x, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), "megatron_vl: ", name, " has another format");
+  check_place(x, like, name);
+}
+
+// The same, and in the shape of `like`.
+inline void check_twin(const Tensor& x, const Tensor& like, const char* name) {
+  check_like(x, like, name);
+  STD_TORCH_CHECK(same_sizes(x, like), "megatron_vl: ", name, " has another shape");
+}
+
+// The same as check_place, and fp32 with `count` values.
+inline void check_floats(const Tensor& x, const Tensor& like, int64_t count, const char* name) {
+  check_place(x, like, name);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "megatron_vl: ", name, " must be float32");
+  STD_TORCH_CHECK(x.numel() == count, "megatron_vl: ", name, " must have ", count, " values");
 }
 
 // [..., cols] as rows x cols.
@@ -63,7 +91,9 @@ struct Matrix {
     rows = x.numel() / cols;
   }
 
-  void check_columns(const Tensor& x, const char* name) const {
+  // One value per column, in the format of `like`.
+  void check_columns(const Tensor& x, const Tensor& like, const char* name) const {
+    check_like(x, like, name);
     STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == cols, "megatron_vl: ", name, " must have one value per column");
   }
 };

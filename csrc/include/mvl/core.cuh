@@ -73,20 +73,36 @@ MVL_BODY bf16 from_float<bf16>(float x) {
 template <class T>
 constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
 
-// One 128-bit access; addresses are multiples of 16 bytes (the bindings check it).
+// What one 128-bit access moves; addresses are multiples of 16 bytes (the bindings check it).
 template <class T>
 struct alignas(16) Pack {
   T value[kWidth<T>];
 };
 
+// Of a tensor that the kernel does not write: the read-only path lets loads of later rows pass earlier stores.
 template <class T>
 MVL_BODY Pack<T> load(const T* at) {
-  return *reinterpret_cast<const Pack<T>*>(at);
+  Pack<T> pack;
+#ifdef __CUDA_ARCH__
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(at));
+  memcpy(&pack, &words, sizeof(pack));
+#else
+  std::memcpy(&pack, at, sizeof(pack));
+#endif
+  return pack;
 }
 
 template <class T>
 MVL_BODY void store(T* at, const Pack<T>& pack) {
-  *reinterpret_cast<Pack<T>*>(at) = pack;
+#ifdef __CUDA_ARCH__
+  uint4 words;
+  memcpy(&words, &pack, sizeof(words));
+  // written out, because the compiler stores a copied struct in four pieces
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w));
+#else
+  std::memcpy(at, &pack, sizeof(pack));
+#endif
 }
 
 // kWidth values as fp32.

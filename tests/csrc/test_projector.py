@@ -132,6 +132,7 @@ def test_index_maps_at_the_released_sizes(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [

@@ -264,7 +264,7 @@ MVL_BODY void store_pair(bf16* to, float a, float b) {
 }
 
 // A thread's share of a tile of forward or dgrad. first: row of the problem of the warpgroup's row 0; column: of the
-// tile. Four lanes write 16 bytes of a row; the whole epilogue is under 2% of a tile's 200 or more steps.
+// tile. Four lanes write 16 bytes of a row: 64 KB once per tile, against 48 KB copied in each of 48 to 432 steps.
 MVL_BODY void store_rows(
     const Dense& dense, int first, int column, int thread, const float (&sums)[kSums], const bf16* bias, bf16* target,
     int channels) {

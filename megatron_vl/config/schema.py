@@ -56,9 +56,9 @@ class ParallelConfig:
         choices=("built_in", "fa3", "fa4"),
     )
     fused_kernels: str = key(
-        "kernels of csrc/ in the vision part: auto = on Hopper GPUs where they are built; on = refuse to run without",
+        "kernels of csrc/ in the vision part: auto = on Hopper GPUs where they are built; required = or refuse to run",
         "auto",
-        choices=("auto", "off", "on"),
+        choices=("auto", "never", "required"),
     )
     projector_kernel: str = key(
         "the projector's convolutions among fused kernels: windows gathered for the library's products, or implicit "

@@ -2,8 +2,8 @@
 
 Each operation of this package has a PyTorch form and one line that chooses between the two by ``uses_kernels``. Which
 library: the file that ``MEGATRON_VL_OPS`` names, else what `make -C csrc` has built beside the package. Its kernels are
-for Hopper (sm_90); its CPU form runs the same bodies and serves tests and `parallel.fused_kernels=on` without a GPU.
-No kernel of it has run on a GPU yet.
+for Hopper (sm_90); its CPU form runs the same bodies, for tests and `parallel.fused_kernels=required` without a GPU. No
+kernel of it has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -85,18 +85,18 @@ def choose_kernels(choice: str, device: torch.device) -> str:
     auto: used on Hopper GPUs where the library is built; a CPU keeps PyTorch's own kernels, which are faster there.
 
     Raises:
-        ConfigError: on, and they cannot be used.
+        ConfigError: required, and they cannot be used.
     """
     _in_use.discard(device.type)
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
-        return "off"
+    if choice == "never" or (choice == "auto" and device.type != "cuda"):
+        return "not used"
     reason = why_not(device)
     if reason is None:
         _in_use.add(device.type)
-        return "on"
-    if choice == "on":
-        raise ConfigError(f"{KEY} = on: {reason}; or set {KEY}=auto")
-    return f"off ({reason})"
+        return "used"
+    if choice == "required":
+        raise ConfigError(f"{KEY} = required: {reason}; or set {KEY}=auto")
+    return f"not used ({reason})"
 
 
 def uses_kernels(x: torch.Tensor, channels: int, at_most: int | None = None) -> bool:

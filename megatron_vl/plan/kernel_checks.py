@@ -16,11 +16,11 @@ def check_kernels(vision: VisionConfig, parallel: ParallelConfig) -> Iterator[Pr
     """``fused_kernels: auto`` is decided when the model is built; a kernel that it leaves out is not missed."""
     if parallel.projector_kernel != "implicit":
         return
-    if parallel.fused_kernels == "off":
+    if parallel.fused_kernels == "never":
         yield Problem(
             PROJECTOR,
             "implicit",
-            "is a fused kernel, but parallel.fused_kernels = off",
+            "is a fused kernel, but parallel.fused_kernels = never",
             "remove one of the two",
         )
     split = parallel.tensor_model_parallel_size if parallel.vision_placement == "tensor" else 1

@@ -42,7 +42,7 @@ def startup_report(
     lines = [*parameter_lines(config.model), "", *flop_lines(config), ""]
     lines += [*layout_lines(config, runtime.layout), "", *stage_lines(config, runtime.layout), ""]
     attention = ", attention scaled_dot_product_attention" if backend == "torch" else ""
-    kernels = "" if fused_kernels == "off" else f", fused kernels {fused_kernels}"
+    kernels = "" if fused_kernels == "not used" else f", fused kernels {fused_kernels}"
     weights = str(dtype).removeprefix("torch.")
     lines += [
         f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}{kernels}",

@@ -130,7 +130,12 @@ def live_parts(parts: Parts) -> Live:
 
 def resolved(config: RunConfig, parts: Parts) -> RunConfig:
     """The configuration with ``auto`` replaced by what was chosen."""
-    parallel = replace(config.parallel, device=parts.runtime.device.type, layer_backend=parts.backend.name)
+    parallel = replace(
+        config.parallel,
+        device=parts.runtime.device.type,
+        layer_backend=parts.backend.name,
+        fused_kernels="required" if parts.fused_kernels == "used" else "never",
+    )
     params = "bf16" if parts.dtype == torch.bfloat16 else "fp32"
     return replace(config, parallel=parallel, precision=replace(config.precision, params=params))
 

@@ -38,6 +38,9 @@ BAD_FILES = {
         "recompute.vision_chunk_views = 0: must be at least 1; change the value"
     ),
     "parallel: {device: tpu}": "parallel.device = tpu: must be one of auto, cpu, cuda; did you mean cpu?",
+    "parallel: {fused_kernels: fast}": (
+        "parallel.fused_kernels = fast: must be one of auto, never, required; did you mean never?"
+    ),
     "data: {alpha: 0}": 'data.alpha = 0: must be a string; put it in quotes: "0"',
     "generate: {kv_cache_gib: 0}": "generate.kv_cache_gib = 0: must be greater than 0; change the value",
     "generate: {max_rows: 0}": "generate.max_rows = 0: must be at least 1; change the value",

@@ -19,8 +19,8 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernels(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Operations on CPU tensors go through the library. What operators leave unwritten is NaN."""
     monkeypatch.setenv(library.VARIABLE, str(host_library))
-    assert library.choose_kernels("on", torch.device("cpu")) == "on"
+    assert library.choose_kernels("required", torch.device("cpu")) == "used"
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     yield
     torch.use_deterministic_algorithms(False)
-    library.choose_kernels("off", torch.device("cpu"))
+    library.choose_kernels("never", torch.device("cpu"))

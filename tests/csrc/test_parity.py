@@ -32,7 +32,9 @@ def documents(as_bytes: bool):
 def test_loss_and_every_gradient(world, host_library, layout, placement, recompute, as_bytes):
     docs = documents(as_bytes)
     loss, expected = gradients(world, SMALL, layout, placement, docs, recompute=recompute)
-    config, batches, place = run_of(SMALL, layout, placement, docs, recompute=recompute, fused_kernels="on")
+    config, batches, place = run_of(
+        SMALL, layout, placement, docs, recompute=recompute, fused_kernels="required"
+    )
     answers = world.run(place.world_size, fused_gradients_on_rank, config, batches, str(host_library))
     seen = [answer for answer, _ in answers]
     assert seen[0].losses[0] == pytest.approx(loss, rel=1e-6)

@@ -23,12 +23,12 @@ def poisoned() -> Iterator[None]:
     reason = library.why_not(CUDA)
     if reason is not None:
         pytest.skip(reason)
-    library.choose_kernels("on", CUDA)
+    library.choose_kernels("required", CUDA)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
     use_projector("gather")
-    library.choose_kernels("off", CUDA)
+    library.choose_kernels("never", CUDA)
 
 
 def through(form: Form, case) -> Results:

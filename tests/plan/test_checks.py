@@ -78,11 +78,11 @@ BAD = [
         ],
     ),
     (
-        "parallel.projector_kernel=implicit parallel.fused_kernels=off model.vision.hidden_size=256 "
+        "parallel.projector_kernel=implicit parallel.fused_kernels=never model.vision.hidden_size=256 "
         "model.vision.num_attention_heads=8",
         0,
         [
-            "parallel.projector_kernel = implicit: is a fused kernel, but parallel.fused_kernels = off; remove one of "
+            "parallel.projector_kernel = implicit: is a fused kernel, but parallel.fused_kernels = never; remove one of "
             "the two"
         ],
     ),

@@ -82,8 +82,8 @@ BAD = [
         "model.vision.num_attention_heads=8",
         0,
         [
-            "parallel.projector_kernel = implicit: is a fused kernel, but parallel.fused_kernels = never; remove one of "
-            "the two"
+            "parallel.projector_kernel = implicit: is a fused kernel, but parallel.fused_kernels = never; remove one "
+            "of the two"
         ],
     ),
     (

@@ -60,6 +60,12 @@ class ParallelConfig:
         "auto",
         choices=("auto", "never", "required"),
     )
+    projector_kernel: str = key(
+        "the projector's convolutions among fused kernels: windows gathered for the library's products, or implicit "
+        "products",
+        "gather",
+        choices=("gather", "implicit"),
+    )
     timeout_seconds: int = key(
         "how long a collective may wait before the run ends with an error", 600, at_least=1
     )

@@ -1,8 +1,8 @@
 """The PE-lang tower with its two downsamplers (spec: ``vision_model`` of the released checkpoint).
 
 patch conv -> + position table -> ln_pre -> pre-norm blocks with RoPE-2D and layer scale -> two 3x3 stride-2
-convolutions. All matrix products go through Megatron-Core's parallel linears, the convolutions as gathered
-patches times a matrix, so that placement ``tensor`` shards every one of them.
+convolutions. All matrix products go through Megatron-Core's parallel linears, or are cut like them (the
+convolutions: downsampler.py), so that placement ``tensor`` shards every one of them.
 """
 
 from __future__ import annotations
@@ -10,32 +10,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
 from megatron_vl.model.backend import Backend, block_spec
+from megatron_vl.model.downsampler import FirstDownsampler, SecondDownsampler
 from megatron_vl.model.tower_layer import tower_layer_spec
 from megatron_vl.ops.pixels import embedding_patches
 from megatron_vl.ops.rotary import rotary_table
-
-
-def gather_3x3(tokens: torch.Tensor) -> torch.Tensor:
-    """Neighbourhoods of a 3x3, stride 2, padding 1 convolution on a square grid of tokens.
-
-    ``[g * g, n, c] -> [ceil(g / 2)^2, n, c * 9]``; the 9 taps of a channel stand together, as in the flattened
-    weight of ``Conv2d``, so that splitting the input channels splits contiguous columns.
-    """
-    count, n, c = tokens.shape
-    grid = round(count**0.5)
-    image = tokens.permute(1, 2, 0).reshape(n, c, grid, grid)
-    return F.unfold(image, kernel_size=3, padding=1, stride=2).permute(2, 0, 1)
 
 
 class VisionEncoder(MegatronModule):
@@ -73,10 +58,8 @@ class VisionEncoder(MegatronModule):
             post_layer_norm=False,
             pg_collection=pg_collection,
         )
-        self.vit_downsampler1 = ColumnParallelLinear(9 * width, 2 * width, gather_output=False, **linear)
-        self.vit_downsampler2 = RowParallelLinear(
-            9 * 2 * width, 4 * width, bias=True, input_is_parallel=True, skip_bias_add=False, **linear
-        )
+        self.vit_downsampler1 = FirstDownsampler(width, 2 * width, config, tp)
+        self.vit_downsampler2 = SecondDownsampler(2 * width, 4 * width, config, tp)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop.
@@ -87,9 +70,7 @@ class VisionEncoder(MegatronModule):
         hidden = self.embed(pixels, grid)
         table = rotary_table(grid, self.vision.head_dim, self.vision.rotary_base, pixels.device)
         hidden = self.transformer(hidden, attention_mask=None, rotary_pos_emb=table)
-        hidden, _ = self.vit_downsampler1(gather_3x3(hidden))
-        hidden, _ = self.vit_downsampler2(gather_3x3(hidden))
-        return hidden
+        return self.vit_downsampler2(self.vit_downsampler1(hidden))
 
     def embed(self, pixels: torch.Tensor, grid: int) -> torch.Tensor:
         """Patch embedding plus position table, after ``ln_pre``: ``[grid * grid, n, width]``."""

@@ -22,7 +22,7 @@ NAMES = ("libmegatron_vl_ops.so", "libmegatron_vl_ops_host.so")
 HOPPER = (9, 0)
 PACK_BYTES = 16  # what one access of a kernel moves
 # Modules that tell PyTorch shapes and gradients of the library's operators; imported when it is loaded.
-DESCRIBED_IN = ("megatron_vl.ops.fused",)
+DESCRIBED_IN = ("megatron_vl.ops.fused", "megatron_vl.ops.projector_fused")
 
 _in_use: set[str] = set()  # device types whose tensors go through the kernels
 _loaded: list[Path] = []

@@ -14,6 +14,7 @@ from megatron_vl.errors import Problem
 from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.budget import total_tokens
 from megatron_vl.plan.image_checks import check_dali, check_images
+from megatron_vl.plan.kernel_checks import check_kernels
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
 from megatron_vl.plan.recompute_checks import check_recompute
@@ -60,6 +61,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
         ),
         *check_images(config.data, config.parallel),
         *check_attention(config.model.text, config.parallel, config.data.packing),
+        *check_kernels(config.model.vision, config.parallel),
         *_overlong(config.data),
         *_device(config),
         *check_rl(config.rl),

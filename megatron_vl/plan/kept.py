@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig, halved
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
-from megatron_vl.plan.cost import CONV_TAPS, IMAGE_CHANNELS, view_costs
+from megatron_vl.plan.cost import IMAGE_CHANNELS, view_costs
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
@@ -235,8 +235,9 @@ def tower_kept(vision: VisionConfig, kind: int, count: int, split: int, kernels:
     patches = count * per_view
     stem = patches * element * (IMAGE_CHANNELS * vision.patch_size**2 + width + 2)
     half = halved(grid)
-    quarter = halved(half)
-    down = count * CONV_TAPS * element * (half**2 * width + quarter**2 * 2 * width // split)
+    down = element * (
+        patches * width + count * half**2 * 2 * width // split
+    )  # tokens; windows are gathered again
     if group:
         groups = -(-vision.num_layers // group)
         return stem + down + groups * patches * width * element + per_view * vision.head_dim * FP32

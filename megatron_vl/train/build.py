@@ -16,6 +16,7 @@ from megatron_vl.model.backend import Backend, choose_backend
 from megatron_vl.model.step3_vl import Step3VL
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.ops.library import choose_kernels
+from megatron_vl.ops.projector import use_projector
 from megatron_vl.optim.build import build_optimizer
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
 from megatron_vl.plan.stages import Stage, plan_stages
@@ -56,6 +57,7 @@ def build(
     parallel, model = config.parallel, config.model
     backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
     fused_kernels = choose_kernels(parallel.fused_kernels, runtime.device)
+    use_projector(parallel.projector_kernel)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(

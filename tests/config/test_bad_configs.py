@@ -41,6 +41,9 @@ BAD_FILES = {
     "parallel: {fused_kernels: fast}": (
         "parallel.fused_kernels = fast: must be one of auto, never, required; choose one of them"
     ),
+    "parallel: {projector_kernel: implict}": (
+        "parallel.projector_kernel = implict: must be one of gather, implicit; did you mean implicit?"
+    ),
     "data: {alpha: 0}": 'data.alpha = 0: must be a string; put it in quotes: "0"',
     "generate: {kv_cache_gib: 0}": "generate.kv_cache_gib = 0: must be greater than 0; change the value",
     "generate: {max_rows: 0}": "generate.max_rows = 0: must be at least 1; change the value",

@@ -49,3 +49,4 @@ def test_loss_and_every_gradient(world, host_library, layout, placement, recompu
             assert calls[name] == backward * (2 if recompute else 1), calls
             assert calls[f"{name}_backward"] == backward, calls
         assert (calls["patchify"] > 0) == as_bytes
+        assert calls["projector_fold_"] == 2 * backward // BLOCKS and calls["projector_gather"] > 0, calls

@@ -8,7 +8,6 @@ import torch
 from megatron_vl.errors import ConfigError, DataError
 from megatron_vl.model.backend import choose_backend
 from megatron_vl.model.fusion import image_slots, put_features
-from megatron_vl.model.vision_encoder import gather_3x3
 from megatron_vl.ops.activation import quick_gelu
 from megatron_vl.ops.pixels import patchify
 from megatron_vl.ops.rotary import rotary_angles
@@ -50,16 +49,6 @@ def test_rotary_angles_of_the_released_tower():
     assert patch[95].item() == pytest.approx(5 * 10000 ** (-46 / 48), rel=1e-6)
     assert torch.equal(patch[0::2], patch[1::2])
     assert angles.max().item() == 35.0
-
-
-@pytest.mark.parametrize("grid", [4, 7, 8])
-def test_gathered_patches_times_a_matrix_is_the_convolution(grid):
-    tokens = torch.randn(grid * grid, 2, 5, dtype=torch.float64)
-    weight = torch.randn(6, 5, 3, 3, dtype=torch.float64)
-    ours = gather_3x3(tokens) @ weight.reshape(6, -1).T
-    image = tokens.permute(1, 2, 0).reshape(2, 5, grid, grid)
-    theirs = torch.nn.functional.conv2d(image, weight, stride=2, padding=1).flatten(2).permute(2, 0, 1)
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_patches_times_a_matrix_is_the_patch_convolution():

@@ -78,6 +78,24 @@ BAD = [
         ],
     ),
     (
+        "parallel.projector_kernel=implicit parallel.fused_kernels=never model.vision.hidden_size=256 "
+        "model.vision.num_attention_heads=8",
+        0,
+        [
+            "parallel.projector_kernel = implicit: is a fused kernel, but parallel.fused_kernels = never; remove one "
+            "of the two"
+        ],
+    ),
+    (
+        f"parallel.projector_kernel=implicit model.vision.hidden_size=256 model.vision.num_attention_heads=8 {TP2} "
+        "parallel.vision_placement=tensor parallel.tensor_model_parallel_size=4",
+        0,
+        [
+            "parallel.projector_kernel = implicit: takes channels in multiples of 256, but a rank's convolutions have "
+            "256 -> 128 -> 1024; use gather"
+        ],
+    ),
+    (
         TP2,
         3,
         ["world size = 3: must be a multiple of TP2 x CP1 x PP1 = 2; start 2 or 4 ranks"],

@@ -23,6 +23,7 @@ from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.checkpoint.torch_dist import Item, Pair
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.errors import CheckpointError
+from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.stages import Stage
 
@@ -94,7 +95,7 @@ class Live:
     placement: str
     runtime: Runtime
     stages: list[Stage]
-    chunks: list[torch.nn.Module]
+    chunks: list[ChunkDataParallel]
     optimizer: MegatronOptimizer | None
     prefix: str = ""
     beside: Live | None = None
@@ -121,7 +122,9 @@ class Live:
         return [(tp in (-1, coords.tp), copy == mine) for tp, copy in chosen]
 
     def weights(self) -> list[Slot]:
-        """All weights of this rank."""
+        """All weights of this rank, none of them still on its way from another rank."""
+        for chunk in self.chunks:
+            chunk.wait_for_weights()
         return [
             Slot(WEIGHT, rule, tp, 0, flat(parameter), all(writes))
             for (parameter, rule, tp), writes in zip(self.named, self.writers, strict=True)

@@ -44,6 +44,19 @@ class ParallelConfig:
         choices=("data", "tensor"),
     )
     use_distributed_optimizer: bool = key("shard optimizer state and fp32 weights over DP x CP", True)
+    overlap_grad_reduce: bool | None = key(
+        "sum gradients over DP x CP beside the backward pass; none = on cuda", None
+    )
+    overlap_param_gather: bool | None = key(
+        "gather updated weights beside the next forward pass; none = on cuda with use_distributed_optimizer",
+        None,
+    )
+    ddp_bucket_size: int | None = key(
+        "elements of a bucket of gradients, with overlap_grad_reduce; none = 40M, or 1M per DP x CP rank if that is "
+        "more",
+        None,
+        at_least=1,
+    )
     device: str = key("where to run; auto = cuda when there is one", "auto", choices=("auto", "cpu", "cuda"))
     layer_backend: str = key(
         "who supplies the layers; auto = transformer_engine on cuda when installed",

@@ -24,6 +24,7 @@ from megatron_vl.plan.kept import (
 )
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
+from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.schedule import peaks_in_flight
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.state_bytes import bytes_of_stage
@@ -37,7 +38,8 @@ PARTS = ("weights", "gradients", "optimizer", "tower", "decoder", "loss", "pipel
 class Setting:
     """What memory depends on besides layout and stage.
 
-    weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation.
+    weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation. bucket:
+    as `overlap.bucket_elements` says.
     """
 
     model: ModelConfig
@@ -49,6 +51,7 @@ class Setting:
     distributed_optimizer: bool = True
     loss_chunk: int | None = None
     reserve: int = 0
+    bucket: int | None = None
 
 
 def setting_of(
@@ -66,6 +69,7 @@ def setting_of(
         distributed_optimizer=parallel.use_distributed_optimizer,
         loss_chunk=config.train.loss_chunk_tokens,
         reserve=reserve,
+        bucket=bucket_elements(parallel, layout.dp * layout.cp, on_cpu),
     )
 
 
@@ -77,7 +81,9 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     layers, a recomputed chunk of views, the logits of a chunk of the loss, the gradient of an MLP's inner activations,
     or all of a row's K and V where they are gathered.
     """
-    fixed = bytes_of_stage(setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer)
+    fixed = bytes_of_stage(
+        setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer, setting.bucket
+    )
     coords = _fullest(setting, layout, chunks[0].pp_rank)
     kept = [
         kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,7 +15,9 @@ from megatron_vl.model.backend import Backend, choose_backend
 from megatron_vl.model.step3_vl import Step3VL
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.optim.build import build_optimizer
+from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
+from megatron_vl.plan.overlap import bucket_elements, overlap_of
 from megatron_vl.plan.stages import Stage, plan_stages
 
 
@@ -32,7 +33,7 @@ class Parts:
     backend: Backend
     decoder_config: TransformerConfig
     stages: list[Stage]
-    chunks: list[torch.nn.Module]
+    chunks: list[ChunkDataParallel]
     dtype: torch.dtype
     optimizer: MegatronOptimizer | None
 
@@ -72,7 +73,7 @@ def build(
         chunk.to(runtime.device)
     tp = (runtime.layout.tp, runtime.coords.tp)
     load_weights(bare, mine, model, source, tp, tp if parallel.vision_placement == "tensor" else (1, 0))
-    chunks = [_wrap(chunk, decoder, config, first=i == 0) for i, chunk in enumerate(bare)]
+    chunks = [_wrap(chunk, decoder, runtime, config, first=i == 0) for i, chunk in enumerate(bare)]
     optimizer = None
     if with_optimizer:
         optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
@@ -80,16 +81,19 @@ def build(
 
 
 def _wrap(
-    chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool
-) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP.
-
-    Reduction is not overlapped with the backward pass: a bucket is sent when each of its weights has reported a
-    gradient, and on a rank without images the tower's never do (design/megatron_core.md fact 11).
-    """
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        average_in_collective=False,
+    chunk: Step3VL, decoder: TransformerConfig, runtime: Runtime, config: RunConfig, first: bool
+) -> ChunkDataParallel:
+    """The chunk with gradient buffers; the tower's are summed behind the backward pass, since it may not run."""
+    parallel, copies = config.parallel, runtime.layout.dp * runtime.layout.cp
+    on_cpu = runtime.device.type == "cpu"
+    head = None if chunk.head is None else (chunk.decoder, chunk.language_model.output_layer.weight)
+    return ChunkDataParallel(
+        decoder,
+        chunk,
+        overlap_of(parallel, copies, on_cpu),
+        bucket_elements(parallel, copies, on_cpu),
+        parallel.use_distributed_optimizer,
+        one_bucket=not first,
+        late=chunk.vision_parameters(),
+        directly=head,
     )
-    return DistributedDataParallel(decoder, options, chunk, disable_bucketing=not first)

@@ -142,11 +142,17 @@ def forward_backward(
 
 def accumulate_gradients(parts: Parts, step: Callable, batches: Sequence[Rows]) -> list[torch.Tensor]:
     """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once."""
-    parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
+    config = parts.decoder_config
+    config.finalize_model_grads_func = partial(finish_gradients, parts)
+    config.no_sync_func = [
+        chunk.no_sync for chunk in parts.chunks
+    ]  # gradients are sent in the last micro-batch
+    if len(parts.chunks) == 1:
+        (config.no_sync_func,) = config.no_sync_func
     try:
         return run_schedule(parts, step, batches, forward_only=False)
     finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive
-        parts.decoder_config.finalize_model_grads_func = None
+        config.finalize_model_grads_func = config.no_sync_func = None
 
 
 def run_schedule(
@@ -232,7 +238,9 @@ def begin_step(parts: Parts) -> None:
 def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
     """``MegatronOptimizer.step()`` of Megatron-Core 0.16.1 with a look before the leap: (loss, gradient norm, skipped).
 
-    The weights become equal to those of ``step()`` bit by bit. A value that is not finite on another rank is nan.
+    The weights become equal to those of ``step()`` bit by bit. A value that is not finite on another rank is nan. With
+    ``overlap_param_gather`` they are still coming in: who reads them outside of a forward pass waits for them first
+    (``ChunkDataParallel.wait_for_weights``).
     """
     optimizer = parts.optimizer
     optimizer.prepare_grads()
@@ -252,6 +260,8 @@ def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
+    for chunk in parts.chunks:
+        chunk.ask_for_weights()
     return loss, norm, False
 
 

@@ -17,6 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_vl.checkpoint import fp8_state
 from megatron_vl.checkpoint.fragments import Fragment, fragments, replica_writers
 from megatron_vl.checkpoint.hf_names import DECODER, Rule, global_name, rules_by_name
 from megatron_vl.checkpoint.stored import Stored
@@ -177,6 +178,9 @@ class Live:
                     )
                     for part in slot.fragments(self.model)
                 ]  # fmt: skip
+        coords = self.runtime.coords
+        if (coords.dp, coords.cp, coords.tp) == (0, 0, 0):
+            items += fp8_state.items(self.chunks, self.stages, self.prefix, stage)
         if self.beside is not None:
             items += self.beside.items(stage)
         if self.prefix:
@@ -206,6 +210,7 @@ class Live:
             else:
                 slot.values.zero_()
                 fresh.add(f"{self.prefix}{slot.rule.hf[0][0]}")
+        fp8_state.fill(self.chunks, self.stages, self.prefix, stored)
         of = {id(parameter): rule for parameter, rule, _ in self.named}
         for main in mains(self.optimizer) if self.optimizer is not None else ():
             set_step(main, steps.get(f"{self.prefix}{of[id(main.parameter)].hf[0][0]}", 0))

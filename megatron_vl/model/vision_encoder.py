@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
-from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.model.backend import Backend, tower_spec
 from megatron_vl.ops.pixels import normalised
 
 
@@ -108,10 +108,9 @@ class VisionEncoder(MegatronModule):
         )
         self.ln_pre = backend.norm(config=config, hidden_size=width, eps=config.layernorm_epsilon)
         scale = ModuleSpec(LayerScaleResidual, params={"hidden_size": width, "dtype": config.params_dtype})
-        layer = layer_spec(backend, causal=False, qk_norm=False, residual=scale)
         self.transformer = TransformerBlock(
             config,
-            block_spec(layer, vision.num_layers, backend),
+            tower_spec(vision.num_layers, backend, scale),
             post_layer_norm=False,
             pg_collection=pg_collection,
         )

@@ -13,6 +13,7 @@ from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, Tra
 from megatron_vl.errors import Problem
 from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.budget import total_tokens
+from megatron_vl.plan.fp8 import check_fp8
 from megatron_vl.plan.image_checks import check_dali, check_images
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
@@ -55,6 +56,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
         *check_layout(config.model, config.parallel, config.train, config.data, world_size),
         *check_recompute(config.model, config.parallel, config.recompute),
         *check_overlap(config.parallel),
+        *check_fp8(config),
         *check_mixture(effective_domains(config.data), config.data.mixture),
         *_mixture_length(config),
         *check_packing(

@@ -11,12 +11,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.checkpoint.hf_load import load_weights
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.model.backend import Backend, choose_backend
+from megatron_vl.model.backend import Backend, choose_backend, in_fp8
 from megatron_vl.model.step3_vl import Step3VL
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.optim.build import build_optimizer
 from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
+from megatron_vl.plan.fp8 import transformer_config_fields
 from megatron_vl.plan.overlap import bucket_elements, overlap_of
 from megatron_vl.plan.stages import Stage, plan_stages
 
@@ -53,13 +54,16 @@ def build(
     """
     parallel, model = config.parallel, config.model
     backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
+    backend = in_fp8(backend, config.precision, model.text.num_layers, runtime.device)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
     stages = plan_stages(
         model.text.num_layers, runtime.layout.pp, runtime.layout.vpp, parallel.pipeline_decoder_layers
     )
-    decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
-    vision = vision_config(model, parallel, config.recompute, numerics)
+    engine = backend.name == "transformer_engine"  # its layers read their config, the torch ones the backend
+    fp8 = [transformer_config_fields(config.precision, vision) if engine else {} for vision in (False, True)]
+    decoder = decoder_config(model, parallel, config.recompute, numerics, stages, fp8[0])
+    vision = vision_config(model, parallel, config.recompute, numerics, fp8[1])
     if value_head:
         stages = [[replace(stage, has_vision=False) for stage in of_rank] for of_rank in stages]
     mine = stages[runtime.coords.pp]

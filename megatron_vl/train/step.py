@@ -19,6 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.model.fp8_linear import end_step
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.optim.build import set_learning_rate
 from megatron_vl.parallel.context_parallel import take_local
@@ -253,6 +254,7 @@ def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
     )  # a replica's norm may be its own: without the distributed optimizer
     bad_loss, bad_norm = bad.tolist()
     if bad_loss or bad_norm:
+        end_step(parts.chunks, parts.runtime.groups, skipped=True)
         loss = math.nan if bad_loss and math.isfinite(loss) else loss
         return loss, math.nan if bad_norm and math.isfinite(norm) else norm, True
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -260,6 +262,7 @@ def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
+    end_step(parts.chunks, parts.runtime.groups, skipped=False)
     for chunk in parts.chunks:
         chunk.ask_for_weights()
     return loss, norm, False

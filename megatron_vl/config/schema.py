@@ -68,6 +68,11 @@ class ParallelConfig:
         "built_in",
         choices=("built_in", "fa3", "fa4"),
     )
+    norms: str = key(
+        "norms of the torch layers: PyTorch's or NVIDIA Apex's; auto = Apex's if PyTorch has no fused one",
+        "auto",
+        choices=("auto", "torch", "apex"),
+    )
     timeout_seconds: int = key(
         "how long a collective may wait before the run ends with an error", 600, at_least=1
     )

@@ -23,7 +23,7 @@ from megatron_vl.config.schema import PrecisionConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.model.attention import TorchCoreAttention
 from megatron_vl.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_vl.model.norm import TorchNorm
+from megatron_vl.model.norm import choose_norm
 from megatron_vl.ops.varlen_attention import use_flash_attention
 from megatron_vl.plan.fp8 import Fp8Layers, fp8_layers, refusal
 
@@ -57,8 +57,10 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = "built_in") -> Backend:
-    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine), and its flash attention.
+def choose_backend(
+    name: str, cp_comm_type: str = "p2p", flash_attention: str = "built_in", norms: str = "auto"
+) -> Backend:
+    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine), its flash attention and norms.
 
     Raises:
         ConfigError: transformer_engine is asked for and cannot be used; the torch layers, chosen by auto, cannot do
@@ -71,6 +73,11 @@ def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = 
             "transformer-engine 2.11; install the extra 'cuda' or use parallel.layer_backend=torch"
         )
     if name == "transformer_engine" or (name == "auto" and usable):
+        if norms == "apex":
+            raise ConfigError(
+                "parallel.norms = apex: Transformer Engine's layers have norms of their own; use auto, or "
+                "parallel.layer_backend=torch"
+            )
         return _transformer_engine()
     if cp_comm_type == "a2a":
         raise ConfigError(
@@ -78,7 +85,7 @@ def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = 
             "all_gather; use one of the two, or install transformer-engine"
         )
     use_flash_attention(flash_attention)
-    return Backend("torch", ColumnParallelLinear, RowParallelLinear, TorchNorm, TorchCoreAttention)
+    return Backend("torch", ColumnParallelLinear, RowParallelLinear, choose_norm(norms), TorchCoreAttention)
 
 
 def _transformer_engine() -> Backend:

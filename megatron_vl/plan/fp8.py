@@ -143,12 +143,12 @@ def check_fp8(config: RunConfig) -> Iterator[Problem]:
             "a rank without images has none",
             "use tensorwise, or parallel.layer_backend torch",
         )
-    for path, size, what in _dimensions(config):
+    for path, value, size, what in _dimensions(config):
         if size % MULTIPLE:
             yield Problem(
                 path,
-                size,
-                f"precision.fp8 needs {what} to be a multiple of {MULTIPLE}",
+                value,
+                f"precision.fp8 needs {what}, {size}, to be a multiple of {MULTIPLE}",
                 "choose another, or fp8 none",
             )
 
@@ -194,32 +194,34 @@ def _layers(config: RunConfig, only_torch: bool) -> Iterator[Problem]:
             )
 
 
-def _dimensions(config: RunConfig) -> Iterator[tuple[str, int, str]]:
-    """(key, size on a rank, what it is) of every dimension of a product in FP8."""
-    text, parallel = config.model.text, config.parallel
+def _dimensions(config: RunConfig) -> Iterator[tuple[str, int, int, str]]:
+    """(key, its value, size on a rank, what that is) of every dimension of a product in FP8."""
+    text, parallel, tokens = config.model.text, config.parallel, config.data.seq_length
     tp = parallel.tensor_model_parallel_size
     groups = max(text.num_query_groups // tp, 1)
     heads = text.num_attention_heads // tp
-    yield "model.text.hidden_size", text.hidden_size, "it"
-    yield "model.text.ffn_hidden_size", 2 * text.ffn_hidden_size // tp, f"twice its share of {tp} ranks"
-    yield "model.text.ffn_hidden_size", text.ffn_hidden_size // tp, f"its share of {tp} ranks"
-    yield "model.text.kv_channels", heads * text.kv_channels, "the query channels of a rank"
+    yield "model.text.hidden_size", text.hidden_size, text.hidden_size, "the width of its products"
     yield (
-        "model.text.kv_channels",
-        (heads + 2 * groups) * text.kv_channels,
-        "the attention channels of a rank",
+        "model.text.ffn_hidden_size",
+        text.ffn_hidden_size,
+        text.ffn_hidden_size // tp,
+        f"a share of TP {tp}",
     )
+    channels = f"the channels of a share of TP {tp}"
+    yield "model.text.kv_channels", text.kv_channels, heads * text.kv_channels, channels
+    yield "model.text.kv_channels", text.kv_channels, (heads + 2 * groups) * text.kv_channels, channels
     shards = parallel.context_parallel_size * (tp if parallel.sequence_parallel else 1)
-    tokens = config.data.seq_length * config.train.micro_batch_size // shards
-    yield "data.seq_length", tokens, "the tokens of a micro-batch on a rank"
+    rows = tokens * config.train.micro_batch_size // shards
+    yield "data.seq_length", tokens, rows, "the tokens of a micro-batch on a rank"
     if config.precision.fp8_vision:
         yield from _tower(config.model, parallel)
 
 
-def _tower(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, int, str]]:
+def _tower(model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[str, int, int, str]]:
     vision = model.vision
     split = parallel.tensor_model_parallel_size if parallel.vision_placement == "tensor" else 1
-    yield "model.vision.hidden_size", vision.hidden_size // split, f"its share of {split} ranks"
-    yield "model.vision.ffn_hidden_size", vision.ffn_hidden_size // split, f"its share of {split} ranks"
-    yield "model.vision.image_size", vision.global_grid**2, "the patches of a global view"
-    yield "model.vision.crop_size", vision.crop_grid**2, "the patches of a crop"
+    share = f"a share of TP {split}"
+    yield "model.vision.hidden_size", vision.hidden_size, vision.hidden_size // split, share
+    yield "model.vision.ffn_hidden_size", vision.ffn_hidden_size, vision.ffn_hidden_size // split, share
+    yield "model.vision.image_size", vision.image_size, vision.global_grid**2, "the patches of a global view"
+    yield "model.vision.crop_size", vision.crop_size, vision.crop_grid**2, "the patches of a crop"

@@ -53,7 +53,9 @@ def build(
     projection, and no tower: it is fed the features of its actor's.
     """
     parallel, model = config.parallel, config.model
-    backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
+    backend = choose_backend(
+        parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention, parallel.norms
+    )
     backend = in_fp8(backend, config.precision, model.text.num_layers, runtime.device)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")

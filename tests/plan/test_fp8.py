@@ -62,22 +62,22 @@ BAD = [
     (
         f"{ON} data.seq_length=72",
         [
-            "data.seq_length = 72: precision.fp8 needs the tokens of a micro-batch on a rank, 72, to be a multiple of 16; "
-            "choose another, or fp8 none"
+            "data.seq_length = 72: precision.fp8 needs the tokens of a micro-batch on a rank, 72, to be a multiple of "
+            "16; choose another, or fp8 none"
         ],
     ),
     (
         f"{ON} data.seq_length=80 {TP2} parallel.sequence_parallel=true",
         [
-            "data.seq_length = 80: precision.fp8 needs the tokens of a micro-batch on a rank, 40, to be a multiple of 16; "
-            "choose another, or fp8 none"
+            "data.seq_length = 80: precision.fp8 needs the tokens of a micro-batch on a rank, 40, to be a multiple of "
+            "16; choose another, or fp8 none"
         ],
     ),
     (
         f"{ON} model.text.ffn_hidden_size=264",
         [
-            "model.text.ffn_hidden_size = 264: precision.fp8 needs a share of TP 1, 264, to be a multiple of 16; choose "
-            "another, or fp8 none"
+            "model.text.ffn_hidden_size = 264: precision.fp8 needs a share of TP 1, 264, to be a multiple of 16; "
+            "choose another, or fp8 none"
         ],
     ),
     (

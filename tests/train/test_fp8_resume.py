@@ -37,5 +37,7 @@ def test_histories_are_saved_resharded_and_continued(world, data, tmp_path):
     assert differences(saved, tmp_path / "two" / "step_00000002") == []
     run(world, parts, "tp2pp2", "train.train_steps=4")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-2)
-    end = [Stored(tmp_path / name / "checkpoints" / "step_00000004").read(keys[0]) for name in ("parts", "whole")]
+    end = [
+        Stored(tmp_path / name / "checkpoints" / "step_00000004").read(keys[0]) for name in ("parts", "whole")
+    ]
     assert torch.equal(end[0][2:], end[1][2:]) and (end[0][:4] > 0).all()

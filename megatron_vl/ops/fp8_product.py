@@ -142,8 +142,8 @@ class _Fp8Linear(torch.autograd.Function):
         padded = F.pad(flat.view(torch.uint8), (0, 0, 0, missing)).view(flat.dtype) if missing else flat
         whole_weight = quantise(weight, scale_w, scaling.dtype(WEIGHT))
         out = scaled_product(padded, whole_weight, scale_x, scale_w, x.dtype, fast=True)
-        ctx.save_for_backward(small, weight, scale_x, scale_w)
-        ctx.scaling, ctx.split = scaling, split
+        ctx.save_for_backward(small if ctx.needs_input_grad[1] else None, weight, scale_x, scale_w)
+        ctx.scaling, ctx.split, ctx.shape = scaling, split, small.shape
         return out[: len(flat)].view(-1, x.shape[1], weight.shape[0])
 
     @staticmethod
@@ -157,7 +157,7 @@ class _Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             turned = quantise(weight, scale_w, scaling.dtype(WEIGHT)).t().contiguous()
             summed = scaled_product(gradient, turned, scale_g, scale_w, grad.dtype, fast=False)
-            grad_x, pending = _returned(summed.view(*grad.shape[:2], -1), small.shape, split)
+            grad_x, pending = _returned(summed.view(*grad.shape[:2], -1), ctx.shape, split)
         if ctx.needs_input_grad[1]:  # beside the sum over the ranks
             flat = _rows(_gathered(small, split) if split.gather else small)
             grad_weight = scaled_product(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.budget import num_microbatches
+from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import (
     Kernels,
     Load,
@@ -61,7 +62,13 @@ def setting_of(
     parallel = config.parallel
     return Setting(
         model=config.model,
-        kernels=kernels_of(parallel.layer_backend, weight_bytes, on_cpu, parallel.cp_comm_type),
+        kernels=kernels_of(
+            parallel.layer_backend,
+            weight_bytes,
+            on_cpu,
+            parallel.cp_comm_type,
+            fp8_layers(config.precision, config.model.text.num_layers),
+        ),
         recompute=config.recompute,
         load=load,
         num_microbatches=num_microbatches(config.train, layout.dp),

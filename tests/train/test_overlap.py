@@ -69,22 +69,24 @@ def test_gradients(world, expected, layout, placement, model, keys, recompute):
     ],
 )
 def test_three_steps(world, layout, placement, keys):
-    """Losses, norms and weights, with a step between that is skipped; weights arrive as late as they may."""
+    """Losses, norms and weights, with a step between that is skipped; weights arrive as they do, and as late as they
+    may."""
     docs = [FIRST, LAST, FIRST[::-1]]
     answers = []
-    for overlap in (False, True):
+    for overlap, late in ((False, False), (True, False), (True, True)):
         on = (ON if overlap else {}) | keys
         runs = [run_of(SMALL, layout, placement, rows, recompute=CHUNKS, **on) for rows in docs]
         config, _, place = runs[0]
-        late = overlap and config.parallel.overlap_param_gather is not None
+        late = late and config.parallel.overlap_param_gather is not None
         answers.append(world.run(place.world_size, trained_on_rank, config, [r for _, r, _ in runs], late))
-    for plain, other in zip(*answers):
-        for (loss, norm, skipped), (loss_2, norm_2, skipped_2) in zip(plain.steps, other.steps):
-            assert not skipped and not skipped_2
-            assert loss_2 == pytest.approx(loss, rel=1e-6) and norm_2 == pytest.approx(norm, rel=1e-5)
-        assert plain.weights.keys() == other.weights.keys()
-        for name, weight in plain.weights.items():
-            assert torch.allclose(other.weights[name], weight, atol=2e-6), name
+    for plain, *others in zip(*answers):
+        for other in others:
+            for (loss, norm, skipped), (loss_2, norm_2, skipped_2) in zip(plain.steps, other.steps):
+                assert not skipped and not skipped_2
+                assert loss_2 == pytest.approx(loss, rel=1e-6) and norm_2 == pytest.approx(norm, rel=1e-5)
+            assert plain.weights.keys() == other.weights.keys()
+            for name, weight in plain.weights.items():
+                assert torch.allclose(other.weights[name], weight, atol=2e-6), name
 
 
 def test_a_weight_that_nobody_waits_for_is_seen(world):

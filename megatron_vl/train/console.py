@@ -42,9 +42,10 @@ def startup_report(
     lines = [*parameter_lines(config.model), "", *flop_lines(config), ""]
     lines += [*layout_lines(config, runtime.layout), "", *stage_lines(config, runtime.layout), ""]
     attention = ", attention scaled_dot_product_attention" if backend == "torch" else ""
-    weights = str(dtype).removeprefix("torch.")
+    weights, fp8 = str(dtype).removeprefix("torch."), config.precision.fp8
+    products = "" if fp8 == "none" else f", decoder products in FP8 ({fp8})"
     lines += [
-        f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}",
+        f"Device {runtime.device.type}, {weights} weights{products}, layer backend {backend}{attention}",
         f"MFU is a share of {peak / 1e12:.4g} TFLOP/s per rank ({unit}); the tower is counted",
     ]
     return lines

@@ -145,11 +145,8 @@ def accumulate_gradients(parts: Parts, step: Callable, batches: Sequence[Rows]) 
     """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once."""
     config = parts.decoder_config
     config.finalize_model_grads_func = partial(finish_gradients, parts)
-    config.no_sync_func = [
-        chunk.no_sync for chunk in parts.chunks
-    ]  # gradients are sent in the last micro-batch
-    if len(parts.chunks) == 1:
-        (config.no_sync_func,) = config.no_sync_func
+    waits = [chunk.no_sync for chunk in parts.chunks]  # nothing is sent before the last micro-batch
+    config.no_sync_func = waits if len(waits) > 1 else waits[0]
     try:
         return run_schedule(parts, step, batches, forward_only=False)
     finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive

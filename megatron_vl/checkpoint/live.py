@@ -17,12 +17,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_vl.checkpoint import fp8_state
 from megatron_vl.checkpoint.fragments import Fragment, fragments, replica_writers
 from megatron_vl.checkpoint.hf_names import DECODER, Rule, global_name, rules_by_name
 from megatron_vl.checkpoint.stored import Stored
 from megatron_vl.checkpoint.torch_dist import Item, Pair
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.errors import CheckpointError
+from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.stages import Stage
 
@@ -94,7 +96,7 @@ class Live:
     placement: str
     runtime: Runtime
     stages: list[Stage]
-    chunks: list[torch.nn.Module]
+    chunks: list[ChunkDataParallel]
     optimizer: MegatronOptimizer | None
     prefix: str = ""
     beside: Live | None = None
@@ -121,7 +123,9 @@ class Live:
         return [(tp in (-1, coords.tp), copy == mine) for tp, copy in chosen]
 
     def weights(self) -> list[Slot]:
-        """All weights of this rank."""
+        """All weights of this rank, none of them still on its way from another rank."""
+        for chunk in self.chunks:
+            chunk.wait_for_weights()
         return [
             Slot(WEIGHT, rule, tp, 0, flat(parameter), all(writes))
             for (parameter, rule, tp), writes in zip(self.named, self.writers, strict=True)
@@ -174,6 +178,9 @@ class Live:
                     )
                     for part in slot.fragments(self.model)
                 ]  # fmt: skip
+        coords = self.runtime.coords
+        if (coords.dp, coords.cp, coords.tp) == (0, 0, 0):
+            items += fp8_state.items(self.chunks, self.stages, self.prefix, stage)
         if self.beside is not None:
             items += self.beside.items(stage)
         if self.prefix:
@@ -203,6 +210,7 @@ class Live:
             else:
                 slot.values.zero_()
                 fresh.add(f"{self.prefix}{slot.rule.hf[0][0]}")
+        fp8_state.fill(self.chunks, self.stages, self.prefix, stored)
         of = {id(parameter): rule for parameter, rule, _ in self.named}
         for main in mains(self.optimizer) if self.optimizer is not None else ():
             set_step(main, steps.get(f"{self.prefix}{of[id(main.parameter)].hf[0][0]}", 0))

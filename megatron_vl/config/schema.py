@@ -44,6 +44,19 @@ class ParallelConfig:
         choices=("data", "tensor"),
     )
     use_distributed_optimizer: bool = key("shard optimizer state and fp32 weights over DP x CP", True)
+    overlap_grad_reduce: bool | None = key(
+        "sum gradients over DP x CP beside the backward pass; none = on cuda", None
+    )
+    overlap_param_gather: bool | None = key(
+        "gather updated weights beside the next forward pass; none = on cuda with use_distributed_optimizer",
+        None,
+    )
+    ddp_bucket_size: int | None = key(
+        "elements of a bucket of gradients, with overlap_grad_reduce; none = 40M, or 1M per DP x CP rank if that is "
+        "more",
+        None,
+        at_least=1,
+    )
     device: str = key("where to run; auto = cuda when there is one", "auto", choices=("auto", "cpu", "cuda"))
     layer_backend: str = key(
         "who supplies the layers; auto = transformer_engine on cuda when installed",
@@ -65,6 +78,11 @@ class ParallelConfig:
         "products",
         "gather",
         choices=("gather", "implicit"),
+    )
+    norms: str = key(
+        "norms of the torch layers: PyTorch's or NVIDIA Apex's; auto = Apex's if PyTorch has no fused one",
+        "auto",
+        choices=("auto", "torch", "apex"),
     )
     timeout_seconds: int = key(
         "how long a collective may wait before the run ends with an error", 600, at_least=1
@@ -90,6 +108,27 @@ class PrecisionConfig:
     params: str = key(
         "weights and compute; auto = bf16 on cuda, fp32 on cpu", "auto", choices=("auto", "fp32", "bf16")
     )
+    fp8: str = key(
+        "products of the decoder's layers in FP8, scaled by: tensorwise = the tensor itself; delayed = earlier steps; "
+        "blockwise = blocks of it (transformer_engine only)",
+        "none",
+        choices=("none", "tensorwise", "delayed", "blockwise"),
+    )
+    fp8_format: str = key(
+        "hybrid = e4m3, gradients e5m2; e4m3 = e4m3 alone", "hybrid", choices=("hybrid", "e4m3")
+    )
+    fp8_vision: bool = key("products of the tower's blocks in FP8 as well", False)
+    fp8_margin: int = key("delayed: powers of two that scales are lowered by", 0, at_least=0)
+    fp8_amax_history_len: int = key(
+        "delayed: how many largest values are remembered, one for each step (transformer_engine: micro-batch)",
+        1024,
+        at_least=1,
+    )
+    fp8_amax_compute_algo: str = key(
+        "delayed: which of the remembered values counts", "max", choices=("max", "most_recent")
+    )
+    num_layers_at_start_in_bf16: int = key("first decoder layers without FP8", 0, at_least=0)
+    num_layers_at_end_in_bf16: int = key("last decoder layers without FP8", 0, at_least=0)
 
 
 @dataclass(frozen=True)

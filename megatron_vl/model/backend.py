@@ -5,8 +5,8 @@ Chosen once, when the model is built, and printed. Nothing else in the package a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,15 +19,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_vl.config.schema import PrecisionConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.model.attention import TorchCoreAttention
-from megatron_vl.model.norm import TorchNorm
+from megatron_vl.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_vl.model.norm import choose_norm
 from megatron_vl.ops.varlen_attention import use_flash_attention
+from megatron_vl.plan.fp8 import Fp8Layers, fp8_layers, refusal
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Classes for the layer slots. ``norm_linear`` fuses a norm with the linear behind it (None: apart)."""
+    """Classes for the layer slots. ``norm_linear`` fuses a norm with the linear behind it (None: apart). fp8: layers
+    whose linears are replaced (Transformer Engine's change themselves, as their ``TransformerConfig`` says)."""
 
     name: str
     column_linear: Callable
@@ -35,6 +39,7 @@ class Backend:
     norm: Callable
     core_attention: Callable
     norm_linear: Callable | None = None
+    fp8: Fp8Layers | None = None
 
 
 def have_transformer_engine() -> bool:
@@ -52,8 +57,10 @@ def have_transformer_engine() -> bool:
     return True
 
 
-def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = "built_in") -> Backend:
-    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine), and its flash attention.
+def choose_backend(
+    name: str, cp_comm_type: str = "p2p", flash_attention: str = "built_in", norms: str = "auto"
+) -> Backend:
+    """The backend of ``parallel.layer_backend`` (auto, torch, transformer_engine), its flash attention and norms.
 
     Raises:
         ConfigError: transformer_engine is asked for and cannot be used; the torch layers, chosen by auto, cannot do
@@ -66,6 +73,11 @@ def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = 
             "transformer-engine 2.11; install the extra 'cuda' or use parallel.layer_backend=torch"
         )
     if name == "transformer_engine" or (name == "auto" and usable):
+        if norms == "apex":
+            raise ConfigError(
+                "parallel.norms = apex: Transformer Engine's layers have norms of their own; use auto, or "
+                "parallel.layer_backend=torch"
+            )
         return _transformer_engine()
     if cp_comm_type == "a2a":
         raise ConfigError(
@@ -73,7 +85,7 @@ def choose_backend(name: str, cp_comm_type: str = "p2p", flash_attention: str = 
             "all_gather; use one of the two, or install transformer-engine"
         )
     use_flash_attention(flash_attention)
-    return Backend("torch", ColumnParallelLinear, RowParallelLinear, TorchNorm, TorchCoreAttention)
+    return Backend("torch", ColumnParallelLinear, RowParallelLinear, choose_norm(norms), TorchCoreAttention)
 
 
 def _transformer_engine() -> Backend:
@@ -85,15 +97,42 @@ def _transformer_engine() -> Backend:
     )  # fmt: skip
 
 
+def in_fp8(backend: Backend, precision: PrecisionConfig, num_layers: int, device: torch.device) -> Backend:
+    """The backend with what ``precision.fp8`` asks for. num_layers: of the decoder.
+
+    Raises:
+        ConfigError: backend or device cannot do it.
+    """
+    layers = fp8_layers(precision, num_layers)
+    if layers is None:
+        return backend
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else None
+    cuda = torch.version.cuda and tuple(int(n) for n in torch.version.cuda.split(".")[:2])
+    why_not = refusal(precision, backend.name, capability, cuda)
+    if why_not is not None:
+        raise ConfigError(why_not)
+    return replace(backend, fp8=layers) if backend.name == "torch" else backend
+
+
 def layer_spec(
-    backend: Backend, causal: bool, qk_norm: bool, residual: ModuleSpec | Callable | None = None
+    backend: Backend,
+    causal: bool,
+    qk_norm: bool,
+    residual: ModuleSpec | Callable | None = None,
+    fp8: bool = False,
 ) -> ModuleSpec:
     """A pre-norm transformer layer.
 
-    residual: what fills the bias-dropout-add slots (default: Megatron-Core's own).
+    residual: what fills the bias-dropout-add slots (default: Megatron-Core's own). fp8: with the linears of
+    ``backend.fp8``.
     """
     fused = backend.norm_linear is not None
-    first_linear = backend.norm_linear or backend.column_linear
+    column, row = backend.column_linear, backend.row_linear
+    if fp8:
+        recipe = {"recipe": backend.fp8.recipe}
+        column, row = ModuleSpec(Fp8ColumnParallelLinear, recipe), ModuleSpec(Fp8RowParallelLinear, recipe)
+    first_linear = backend.norm_linear or column
     norm = IdentityOp if fused else backend.norm
     attention = ModuleSpec(
         module=SelfAttention,
@@ -101,7 +140,7 @@ def layer_spec(
         submodules=SelfAttentionSubmodules(
             linear_qkv=first_linear,
             core_attention=backend.core_attention,
-            linear_proj=backend.row_linear,
+            linear_proj=row,
             q_layernorm=backend.norm if qk_norm else IdentityOp,
             k_layernorm=backend.norm if qk_norm else IdentityOp,
         ),
@@ -114,14 +153,14 @@ def layer_spec(
             self_attention=attention,
             self_attn_bda=residual,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=first_linear, linear_fc2=backend.row_linear)
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=first_linear, linear_fc2=row)),
             mlp_bda=residual,
         ),
     )
 
 
-def block_spec(layer: ModuleSpec, num_layers: int, backend: Backend) -> TransformerBlockSubmodules:
-    """``num_layers`` (of this stage) equal layers and the norm behind the last one."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)
+def decoder_spec(numbers: Sequence[int], backend: Backend) -> TransformerBlockSubmodules:
+    """The decoder layers of a stage, by their global numbers, and the norm behind the last one."""
+    quantised = backend.fp8.decoder if backend.fp8 is not None else ()
+    layers = [layer_spec(backend, causal=True, qk_norm=True, fp8=number in quantised) for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.norm)

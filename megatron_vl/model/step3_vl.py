@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.model.attention import packed_params
-from megatron_vl.model.backend import Backend, block_spec, layer_spec
+from megatron_vl.model.backend import Backend, decoder_spec
 from megatron_vl.model.fusion import image_slots, put_features
 from megatron_vl.model.heads import ValueHead
 from megatron_vl.model.offload import Offload
@@ -97,10 +97,9 @@ class Step3VL(MegatronModule):
             tower_groups = ProcessGroupCollection(tp=vision_tp, cp=alone, pp=alone)
             self.vision_model = VisionEncoder(vision, model.vision, backend, tower_groups)
             self.projector = Projector(vision, model.text.hidden_size, vision_tp)
-        layer = layer_spec(backend, causal=True, qk_norm=True)
         self.language_model = GPTModel(
             config=decoder,
-            transformer_layer_spec=block_spec(layer, len(stage.layers), backend),
+            transformer_layer_spec=decoder_spec(stage.layers, backend),
             vocab_size=padded_vocab(model.text.vocab_size, groups.tp.size()),
             max_sequence_length=model.text.max_position_embeddings,
             pre_process=stage.has_embedding,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_vl.model.backend import Backend, layer_spec
@@ -71,9 +72,10 @@ class TowerLayer(TransformerLayer):
         return attention.linear_proj(out)
 
 
-def tower_layer_spec(backend: Backend, width: int, dtype: torch.dtype) -> ModuleSpec:
-    """A block of the tower of this width."""
+def tower_spec(num_layers: int, backend: Backend, width: int, dtype: torch.dtype) -> TransformerBlockSubmodules:
+    """The blocks of a tower of this width, and a norm that it has no use for."""
     scale = ModuleSpec(LayerScaleResidual, params={"hidden_size": width, "dtype": dtype})
-    spec = layer_spec(backend, causal=False, qk_norm=False, residual=scale)
-    spec.module = TowerLayer
-    return spec
+    fp8 = backend.fp8 is not None and backend.fp8.vision
+    layer = layer_spec(backend, causal=False, qk_norm=False, residual=scale, fp8=fp8)
+    layer.module = TowerLayer
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=backend.norm)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from megatron_vl.config.schema import ParallelConfig, RecomputeConfig
 from megatron_vl.ops.activation import quick_gelu
 from megatron_vl.plan.rope import attention_scale
 from megatron_vl.plan.stages import Stage, to_megatron_layout
+
+NO_FP8: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ def decoder_config(
     recompute: RecomputeConfig,
     numerics: Numerics,
     stages: list[list[Stage]],
+    fp8: Mapping[str, Any] = NO_FP8,
 ) -> TransformerConfig:
-    """The Qwen3 decoder; its pipeline stages are the plan's."""
+    """The Qwen3 decoder; its pipeline stages are the plan's. fp8: ``plan.fp8.transformer_config_fields``."""
     text, pp = model.text, parallel.pipeline_model_parallel_size
     layout = PipelineParallelLayerLayout(to_megatron_layout(stages), pp) if pp > 1 else None
     interleaved = parallel.chunks_per_stage > 1
@@ -88,12 +94,17 @@ def decoder_config(
         recompute_granularity=granularity,
         recompute_method="uniform" if granularity == "full" else None,
         recompute_num_layers=recompute.decoder_num_layers if granularity == "full" else None,
+        **fp8,
         **_common(numerics),
     )
 
 
 def vision_config(
-    model: ModelConfig, parallel: ParallelConfig, recompute: RecomputeConfig, numerics: Numerics
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    recompute: RecomputeConfig,
+    numerics: Numerics,
+    fp8: Mapping[str, Any] = NO_FP8,
 ) -> TransformerConfig:
     """The PE-lang tower: whole on every rank in placement ``data``, sharded over TP in placement ``tensor``.
 
@@ -118,5 +129,6 @@ def vision_config(
         recompute_granularity="full" if full else None,
         recompute_method="uniform" if full else None,
         recompute_num_layers=recompute.vision_num_layers if full else None,
+        **fp8,
         **_common(numerics),
     )

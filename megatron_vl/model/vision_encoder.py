@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.config.model import VisionConfig
-from megatron_vl.model.backend import Backend, block_spec
+from megatron_vl.model.backend import Backend
 from megatron_vl.model.downsampler import FirstDownsampler, SecondDownsampler
-from megatron_vl.model.tower_layer import tower_layer_spec
+from megatron_vl.model.tower_layer import tower_spec
 from megatron_vl.ops.pixels import embedding_patches
 from megatron_vl.ops.rotary import rotary_table
 
@@ -51,10 +51,9 @@ class VisionEncoder(MegatronModule):
             )
         )
         self.ln_pre = backend.norm(config=config, hidden_size=width, eps=config.layernorm_epsilon)
-        layer = tower_layer_spec(backend, width, config.params_dtype)
         self.transformer = TransformerBlock(
             config,
-            block_spec(layer, vision.num_layers, backend),
+            tower_spec(vision.num_layers, backend, width, config.params_dtype),
             post_layer_norm=False,
             pg_collection=pg_collection,
         )

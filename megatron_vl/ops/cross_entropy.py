@@ -111,8 +111,8 @@ def score_tokens(
     = not scored. A label that is no real word has infinite loss.
 
     The gradient of the weight is added chunk by chunk to ``weight.main_grad`` where Megatron-Core's DDP has put one
-    (fp32), and autograd gets none; elsewhere it is summed in fp32 and handed to autograd. Under
-    ``overlap_grad_reduce`` DDP refuses the missing gradient.
+    (fp32), and autograd gets none (stock DDP would refuse that under ``overlap_grad_reduce``, ours does not:
+    ``parallel/data_parallel.py``); elsewhere it is summed in fp32 and handed to autograd.
     """
     batch, length = labels.shape
     flat = labels.t().reshape(-1)

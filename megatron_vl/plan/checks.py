@@ -13,10 +13,12 @@ from megatron_vl.config.schema import DataConfig, ParallelConfig, RunConfig, Tra
 from megatron_vl.errors import Problem
 from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.budget import total_tokens
+from megatron_vl.plan.fp8 import check_fp8
 from megatron_vl.plan.image_checks import check_dali, check_images
 from megatron_vl.plan.kernel_checks import check_kernels
 from megatron_vl.plan.mixture_checks import check_mixture, check_packing
 from megatron_vl.plan.model_checks import check_model, check_token_ids, divides
+from megatron_vl.plan.overlap import check_overlap
 from megatron_vl.plan.recompute_checks import check_recompute
 from megatron_vl.plan.rl_checks import check_rl
 from megatron_vl.plan.sequence import row_multiple
@@ -54,6 +56,8 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[Problem]
         *check_model(config.model),
         *check_layout(config.model, config.parallel, config.train, config.data, world_size),
         *check_recompute(config.model, config.parallel, config.recompute),
+        *check_overlap(config.parallel),
+        *check_fp8(config),
         *check_mixture(effective_domains(config.data), config.data.mixture),
         *_mixture_length(config),
         *check_packing(

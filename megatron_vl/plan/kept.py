@@ -16,6 +16,7 @@ from functools import lru_cache
 from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig, halved
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.cost import IMAGE_CHANNELS, view_costs
+from megatron_vl.plan.fp8 import Fp8Layers
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
@@ -33,19 +34,24 @@ class Kernels:
     element: bytes of an activation. fused_norm: an RMS norm keeps its input; else (torch on a CPU) the input and the
     normalised input, both in fp32. joined_rows: attention takes several dense rows, or views, as one (torch), which
     copies V and the output. ring: context-parallel ranks pass K and V on; else they gather all of them for a moment.
+    fp8: decoder layers with products in FP8, which keep their inputs so; the tower counts as if it had none.
     """
 
     element: int
     fused_norm: bool
     joined_rows: bool
     ring: bool
+    fp8: frozenset[int] = frozenset()
 
 
-def kernels_of(backend: str, element: int, on_cpu: bool, exchange: str = "p2p") -> Kernels:
+def kernels_of(
+    backend: str, element: int, on_cpu: bool, exchange: str = "p2p", fp8: Fp8Layers | None = None
+) -> Kernels:
     """backend, exchange: `parallel.layer_backend`, where `auto` is taken as Transformer Engine on GPUs, and
     `parallel.cp_comm_type`, where `a2a` counts as a ring. element: 2 (bf16) or 4 (fp32)."""
     fused = backend == "transformer_engine" or (backend == "auto" and not on_cpu)
-    return Kernels(element, fused or not on_cpu, not fused, exchange != "all_gather")
+    layers = frozenset() if fp8 is None else fp8.decoder
+    return Kernels(element, fused or not on_cpu, not fused, exchange != "all_gather", layers)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,10 @@ def kept_by_chunk(
         decoder += load.tokens // layout.cp * text.kv_channels * FP32  # rotary angles
     else:
         selective, trained = recompute.decoder == "selective", not model.freeze_decoder
-        decoder += len(stage.layers) * layer_kept(text, layout, kernels, load, selective, trained)
+        small = len(kernels.fp8.intersection(stage.layers))
+        for count, quantised in ((len(stage.layers) - small, False), (small, True)):
+            if count:
+                decoder += count * layer_kept(text, layout, kernels, load, selective, trained, quantised)
     loss = 0
     if stage.has_head:
         loss = (
@@ -115,14 +124,16 @@ def layer_kept(
     load: Load,
     selective: bool,
     trained: bool = True,
+    quantised: bool = False,
 ) -> int:
-    """Bytes of one decoder layer that is not recomputed as a whole. trained: its weights need a gradient."""
+    """Bytes of one decoder layer that is not recomputed as a whole. trained: its weights need a gradient. quantised:
+    its products are in FP8."""
     tp, element, head = layout.tp, kernels.element, text.kv_channels
     local = load.rows * load.tokens // layout.cp
     normed = local // tp if layout.sp else local
     heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
     norms = 2 * norm_kept(text.hidden_size, normed, kernels, trained)
-    linears = trained * linear_inputs(text, layout, kernels, load)
+    linears = trained * linear_inputs(text, layout, kernels, load, quantised)
     mixed = (heads + 2 * groups) * head * element  # the product of the q, k, v weights
     if (
         text.num_query_groups < tp
@@ -142,11 +153,16 @@ def layer_kept(
     return norms + linears + local * (mixed + head_norms + gated) + rotary + attention
 
 
-def linear_inputs(text: TextConfig, layout: Layout, kernels: Kernels, load: Load) -> int:
-    """Bytes of the inputs of a layer's products, without that of the attention's output, which attention keeps."""
+def linear_inputs(
+    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, quantised: bool = False
+) -> int:
+    """Bytes of the inputs of a layer's products; that of the attention's output is kept by attention, in FP8 again."""
     local = load.rows * load.tokens // layout.cp
     normed = local // layout.tp if layout.sp else local
-    return kernels.element * (2 * normed * text.hidden_size + local * text.ffn_hidden_size // layout.tp)
+    values = 2 * normed * text.hidden_size + local * text.ffn_hidden_size // layout.tp
+    if quantised:
+        return values + local * text.num_attention_heads * text.kv_channels // layout.tp
+    return kernels.element * values
 
 
 def norm_kept(width: int, tokens: int, kernels: Kernels, trained: bool) -> int:

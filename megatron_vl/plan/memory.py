@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.budget import num_microbatches
+from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import (
     Kernels,
     Load,
@@ -24,6 +25,7 @@ from megatron_vl.plan.kept import (
 )
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
+from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.schedule import peaks_in_flight
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.state_bytes import bytes_of_stage
@@ -37,7 +39,8 @@ PARTS = ("weights", "gradients", "optimizer", "tower", "decoder", "loss", "pipel
 class Setting:
     """What memory depends on besides layout and stage.
 
-    weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation.
+    weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation. bucket:
+    as `overlap.bucket_elements` says.
     """
 
     model: ModelConfig
@@ -49,6 +52,7 @@ class Setting:
     distributed_optimizer: bool = True
     loss_chunk: int | None = None
     reserve: int = 0
+    bucket: int | None = None
 
 
 def setting_of(
@@ -58,7 +62,13 @@ def setting_of(
     parallel = config.parallel
     return Setting(
         model=config.model,
-        kernels=kernels_of(parallel.layer_backend, weight_bytes, on_cpu, parallel.cp_comm_type),
+        kernels=kernels_of(
+            parallel.layer_backend,
+            weight_bytes,
+            on_cpu,
+            parallel.cp_comm_type,
+            fp8_layers(config.precision, config.model.text.num_layers),
+        ),
         recompute=config.recompute,
         load=load,
         num_microbatches=num_microbatches(config.train, layout.dp),
@@ -66,6 +76,7 @@ def setting_of(
         distributed_optimizer=parallel.use_distributed_optimizer,
         loss_chunk=config.train.loss_chunk_tokens,
         reserve=reserve,
+        bucket=bucket_elements(parallel, layout.dp * layout.cp, on_cpu),
     )
 
 
@@ -77,7 +88,9 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     layers, a recomputed chunk of views, the logits of a chunk of the loss, the gradient of an MLP's inner activations,
     or all of a row's K and V where they are gathered.
     """
-    fixed = bytes_of_stage(setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer)
+    fixed = bytes_of_stage(
+        setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer, setting.bucket
+    )
     coords = _fullest(setting, layout, chunks[0].pp_rank)
     kept = [
         kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)

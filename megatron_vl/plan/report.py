@@ -13,6 +13,7 @@ from megatron_vl.plan.cost import parameters, sample_flops, tower_and_decoder, t
 from megatron_vl.plan.kept import fullest_load
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import PARTS, memory_of_stage, setting_of
+from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.shares import parameters_of_stage
 from megatron_vl.plan.stages import plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
@@ -153,10 +154,13 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
     model, parallel = config.model, config.parallel
     stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers)
     weight_bytes, number_format = weight_format(config)
+    bucket = bucket_elements(parallel, layout.dp * layout.cp, parallel.device == "cpu")
     lines = [f"Stages, and bytes per rank for weights ({number_format}), gradients and optimizer"]
     for chunks in stages:
         held = sum(parameters_of_stage(model, layout, chunks).values())
-        memory = bytes_of_stage(model, layout, chunks, weight_bytes, parallel.use_distributed_optimizer)
+        memory = bytes_of_stage(
+            model, layout, chunks, weight_bytes, parallel.use_distributed_optimizer, bucket
+        )
         for chunk in chunks:
             name = f"pp{chunk.pp_rank}" + (f" vp{chunk.vp_stage}" if layout.vpp > 1 else "")
             tail = f"{held:>16,} parameters {_bytes(memory.total):>10}" if chunk is chunks[0] else ""

@@ -17,6 +17,7 @@ from megatron_vl.plan.devices import GIB, Device
 from megatron_vl.plan.kept import Kernels, Load, kernels_of
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import memory_of_stage, setting_of
+from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.stages import Stage, balanced_layers, plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.step_time import Rates, StepTime, closing_seconds, rates, step_parts, step_seconds
@@ -182,10 +183,14 @@ class Planner:
         question, layout = self.question, candidate.layout
         key = (layout.tp, layout.cp, layout.pp, layout.vpp, layout.placement, candidate.layers)
         if key not in self._closing:
-            distributed = question.config.parallel.use_distributed_optimizer
+            parallel = question.config.parallel
+            distributed = parallel.use_distributed_optimizer
+            bucket = bucket_elements(parallel, layout.dp * layout.cp, question.device.on_cpu)
             stages = self.stages(candidate)
             state = [
-                bytes_of_stage(question.config.model, layout, stages[pp], question.element, distributed)
+                bytes_of_stage(
+                    question.config.model, layout, stages[pp], question.element, distributed, bucket
+                )
                 for pp in _can_be_fullest(stages)
             ]
             self._closing[key] = closing_seconds(

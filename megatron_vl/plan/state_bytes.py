@@ -1,9 +1,10 @@
 """Bytes of weights, gradients and optimizer on one rank, exactly as Megatron-Core 0.16.1 allocates them.
 
-Rules (`distributed/param_and_grad_buffer.py`, without overlap of reduction and backward: one bucket per chunk): the
-trained weights of a chunk stand in one buffer, last weight first. With the distributed optimizer each begins at a
-multiple of 64 elements, the end is padded to a multiple of lcm(DP x CP, 128), weights live in a buffer of that length
-too, and rank r of DP x CP (context fastest) owns the r-th equal piece. Without it nothing is padded.
+Rules (`distributed/param_and_grad_buffer.py`): the trained weights of a chunk stand in one buffer, last weight first,
+cut into buckets where reduction overlaps the backward pass (`plan/overlap.py`), else one bucket. With the distributed
+optimizer each weight begins at a multiple of 64 elements, the end of a bucket is padded to a multiple of
+lcm(DP x CP, 128), weights live in a buffer of that length too, and rank r of DP x CP (context fastest) owns the r-th
+equal piece of every bucket. Without it nothing is padded.
 """
 
 from __future__ import annotations
@@ -51,17 +52,19 @@ def bytes_of_stage(
     stage_chunks: Sequence[Stage],
     weight_bytes: int = 2,
     distributed_optimizer: bool = True,
+    bucket: int | None = None,
 ) -> RankBytes:
     """Bytes on the fullest rank of a pipeline stage.
 
     weight_bytes: 2 (bf16, with an fp32 copy in the optimizer) or 4. Gradients are fp32. Frozen parts have neither
-    gradients nor state. The optimizer's bytes are those of a whole piece of the buffer; ranks whose piece has
-    padding in it hold less (`bytes_of_rank`).
+    gradients nor state. The optimizer's bytes are those of whole pieces of the buckets; ranks whose pieces have
+    padding in them hold less (`bytes_of_rank`). bucket: as `overlap.bucket_elements` says.
     """
     shards = layout.dp * layout.cp if distributed_optimizer else 1
     weights = gradients = optimizer = 0
     for stage in stage_chunks:
-        frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer)
+        cut = bucket if is_cut(stage) else None
+        frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
         optimizer += state_element_bytes(weight_bytes) * (length // shards)
@@ -75,21 +78,28 @@ def bytes_of_rank(
     coords: Coords,
     weight_bytes: int = 2,
     distributed_optimizer: bool = True,
+    bucket: int | None = None,
 ) -> RankBytes:
     """Bytes on the rank at `coords` of the stage, with torch's AdamW after its first step.
 
     Weights count as allocated: with the distributed optimizer the padding of their buffer is in.
     """
-    whole = bytes_of_stage(model, layout, stage_chunks, weight_bytes, distributed_optimizer)
+    whole = bytes_of_stage(model, layout, stage_chunks, weight_bytes, distributed_optimizer, bucket)
     shards = layout.dp * layout.cp if distributed_optimizer else 1
     shard = coords.cp + layout.cp * coords.dp if distributed_optimizer else 0
     elements = tensors = 0
     for stage in stage_chunks:
         weights = weights_of_chunk(model, layout, stage)
-        some, count = owned(weights, frozen_parts(model), shards, shard, distributed_optimizer)
+        cut = bucket if is_cut(stage) else None
+        some, count = owned(weights, frozen_parts(model), shards, shard, distributed_optimizer, cut)
         elements, tensors = elements + some, tensors + count
     optimizer = state_element_bytes(weight_bytes) * elements + STEP_BYTES * tensors
     return RankBytes(whole.weights, whole.gradients, optimizer)
+
+
+def is_cut(stage: Stage) -> bool:
+    """Whether the chunk's buffer is cut into buckets: the first chunk of the first pipeline rank only."""
+    return stage.pp_rank == 0 and stage.vp_stage == 0
 
 
 def frozen_parts(model: ModelConfig) -> tuple[str, ...]:
@@ -103,15 +113,17 @@ def frozen_parts(model: ModelConfig) -> tuple[str, ...]:
 
 
 def chunk_lengths(
-    model: ModelConfig, layout: Layout, stage: Stage, shards: int, padded: bool
+    model: ModelConfig, layout: Layout, stage: Stage, shards: int, padded: bool, bucket: int | None = None
 ) -> tuple[int, int]:
     """(elements of frozen weights, elements of the buffer of trained ones) of one chunk."""
     split = layout.tp if layout.placement == "tensor" else 1
     marks = (stage.has_vision, stage.has_embedding, stage.has_head)
+    multiple = math.lcm(shards, BUCKET_END) if padded else 1
+    inner = 1 if bucket is None else multiple  # one bucket is padded below, so that its length is found once
     kept, end = _lengths(
-        model.vision, model.text, layout.tp, split, len(stage.layers), marks, frozen_parts(model), padded
-    )
-    return kept, padded_to(end, math.lcm(shards, BUCKET_END)) if padded else end
+        model.vision, model.text, layout.tp, split, len(stage.layers), marks, frozen_parts(model), padded, bucket, inner
+    )  # fmt: skip
+    return kept, padded_to(end, multiple)
 
 
 @lru_cache(maxsize=4096)
@@ -124,32 +136,58 @@ def _lengths(
     marks: tuple[bool, bool, bool],
     frozen: tuple[str, ...],
     padded: bool,
+    bucket: int | None,
+    multiple: int,
 ) -> tuple[int, int]:
-    """(elements of frozen weights, end of the last trained weight in the buffer)."""
+    """(elements of frozen weights, end of the buffer of trained ones)."""
     weights = weights_of_dimensions(vision, text, tp, split, num_layers, *marks)
     kept = sum(weight.size for weight in weights if weight.part in frozen)
-    return kept, max((end for _, end in _spans(weights, frozen, padded)), default=0)
+    return kept, max((b.end for b in _buckets(weights, frozen, padded, bucket, multiple)), default=0)
 
 
 def owned(
-    weights: tuple[Weight, ...], frozen: tuple[str, ...], shards: int, shard: int, padded: bool
+    weights: tuple[Weight, ...],
+    frozen: tuple[str, ...],
+    shards: int,
+    shard: int,
+    padded: bool,
+    bucket: int | None = None,
 ) -> tuple[int, int]:
-    """(elements, number of tensors) of trained weights within the `shard`-th equal piece of the chunk's buffer."""
-    spans = _spans(weights, frozen, padded)
-    end = spans[-1][1] if spans else 0
-    length = padded_to(end, math.lcm(shards, BUCKET_END)) if padded else end
-    first, last = shard * length // shards, (shard + 1) * length // shards
-    mine = [min(end, last) - max(start, first) for start, end in spans]
-    return sum(size for size in mine if size > 0), sum(size > 0 for size in mine)
+    """(elements, number of tensors) of trained weights within the `shard`-th equal piece of each bucket."""
+    sizes: list[int] = []
+    for one in _buckets(weights, frozen, padded, bucket, math.lcm(shards, BUCKET_END) if padded else 1):
+        length = one.end - one.start
+        first, last = (one.start + n * length // shards for n in (shard, shard + 1))
+        sizes += [min(end, last) - max(start, first) for start, end in one.spans]
+    return sum(size for size in sizes if size > 0), sum(size > 0 for size in sizes)
 
 
-def _spans(weights: tuple[Weight, ...], frozen: tuple[str, ...], padded: bool) -> list[tuple[int, int]]:
-    """(start, end) of each trained weight in a chunk's gradient buffer, in its order."""
-    spans, end = [], 0
+@dataclass(frozen=True)
+class _Bucket:
+    """A stretch of a chunk's gradient buffer; spans: (start, end) of its weights, in their order."""
+
+    start: int
+    end: int
+    spans: list[tuple[int, int]]
+
+
+def _buckets(
+    weights: tuple[Weight, ...], frozen: tuple[str, ...], padded: bool, size: int | None, multiple: int
+) -> list[_Bucket]:
+    """The buckets of a chunk; size: elements after which one is closed. multiple: of their length."""
+    found: list[_Bucket] = []
+    spans: list[tuple[int, int]] = []
+    first = end = 0
     for weight in reversed(weights):
         if weight.part in frozen:
             continue
         start = padded_to(end, WEIGHT_START) if padded else end
         end = start + weight.size
         spans.append((start, end))
-    return spans
+        if size is not None and end - first >= size:
+            end = padded_to(end, multiple)
+            found.append(_Bucket(first, end, spans))
+            first, spans = end, []
+    if spans:
+        found.append(_Bucket(first, padded_to(end, multiple), spans))
+    return found

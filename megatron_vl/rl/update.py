@@ -226,4 +226,6 @@ def _reduced(parts: Parts, reports: Sequence[torch.Tensor], fields: Fields) -> t
 def _finish(parts: Parts, metrics: dict[str, float], lr: float) -> Update:
     set_learning_rate(parts.optimizer, lr, parts.config.optim.weight_decay)
     _, norm, skipped = update(parts, metrics["loss"])
+    for chunk in parts.chunks:  # sampling, weight sync and off-loading come next
+        chunk.wait_for_weights()
     return Update(metrics, norm, lr, skipped)

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.checkpoint.hf_load import load_weights
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.model.backend import Backend, choose_backend
+from megatron_vl.model.backend import Backend, choose_backend, in_fp8
 from megatron_vl.model.step3_vl import Step3VL
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.ops.library import choose_kernels
 from megatron_vl.ops.projector import use_projector
 from megatron_vl.optim.build import build_optimizer
+from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
+from megatron_vl.plan.fp8 import transformer_config_fields
+from megatron_vl.plan.overlap import bucket_elements, overlap_of
 from megatron_vl.plan.stages import Stage, plan_stages
 
 
@@ -35,7 +37,7 @@ class Parts:
     backend: Backend
     decoder_config: TransformerConfig
     stages: list[Stage]
-    chunks: list[torch.nn.Module]
+    chunks: list[ChunkDataParallel]
     dtype: torch.dtype
     optimizer: MegatronOptimizer | None
     fused_kernels: str
@@ -55,7 +57,10 @@ def build(
     projection, and no tower: it is fed the features of its actor's.
     """
     parallel, model = config.parallel, config.model
-    backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
+    backend = choose_backend(
+        parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention, parallel.norms
+    )
+    backend = in_fp8(backend, config.precision, model.text.num_layers, runtime.device)
     fused_kernels = choose_kernels(parallel.fused_kernels, runtime.device)
     use_projector(parallel.projector_kernel)
     dtype = parameter_dtype(config.precision.params, runtime.device)
@@ -63,8 +68,10 @@ def build(
     stages = plan_stages(
         model.text.num_layers, runtime.layout.pp, runtime.layout.vpp, parallel.pipeline_decoder_layers
     )
-    decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
-    vision = vision_config(model, parallel, config.recompute, numerics)
+    engine = backend.name == "transformer_engine"  # its layers read their config, the torch ones the backend
+    fp8 = [transformer_config_fields(config.precision, vision) if engine else {} for vision in (False, True)]
+    decoder = decoder_config(model, parallel, config.recompute, numerics, stages, fp8[0])
+    vision = vision_config(model, parallel, config.recompute, numerics, fp8[1])
     if value_head:
         stages = [[replace(stage, has_vision=False) for stage in of_rank] for of_rank in stages]
     mine = stages[runtime.coords.pp]
@@ -78,7 +85,7 @@ def build(
         chunk.to(runtime.device)
     tp = (runtime.layout.tp, runtime.coords.tp)
     load_weights(bare, mine, model, source, tp, tp if parallel.vision_placement == "tensor" else (1, 0))
-    chunks = [_wrap(chunk, decoder, config, first=i == 0) for i, chunk in enumerate(bare)]
+    chunks = [_wrap(chunk, decoder, runtime, config, first=i == 0) for i, chunk in enumerate(bare)]
     optimizer = None
     if with_optimizer:
         optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
@@ -86,16 +93,19 @@ def build(
 
 
 def _wrap(
-    chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool
-) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP.
-
-    Reduction is not overlapped with the backward pass: a bucket is sent when each of its weights has reported a
-    gradient, and on a rank without images the tower's never do (design/megatron_core.md fact 11).
-    """
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        average_in_collective=False,
+    chunk: Step3VL, decoder: TransformerConfig, runtime: Runtime, config: RunConfig, first: bool
+) -> ChunkDataParallel:
+    """The chunk with gradient buffers; the tower's are summed behind the backward pass, since it may not run."""
+    parallel, copies = config.parallel, runtime.layout.dp * runtime.layout.cp
+    on_cpu = runtime.device.type == "cpu"
+    head = None if chunk.head is None else (chunk.decoder, chunk.language_model.output_layer.weight)
+    return ChunkDataParallel(
+        decoder,
+        chunk,
+        overlap_of(parallel, copies, on_cpu),
+        bucket_elements(parallel, copies, on_cpu),
+        parallel.use_distributed_optimizer,
+        one_bucket=not first,
+        late=chunk.vision_parameters(),
+        directly=head,
     )
-    return DistributedDataParallel(decoder, options, chunk, disable_bucketing=not first)

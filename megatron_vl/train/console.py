@@ -43,9 +43,10 @@ def startup_report(
     lines += [*layout_lines(config, runtime.layout), "", *stage_lines(config, runtime.layout), ""]
     attention = ", attention scaled_dot_product_attention" if backend == "torch" else ""
     kernels = "" if fused_kernels == "not used" else f", fused kernels {fused_kernels}"
-    weights = str(dtype).removeprefix("torch.")
+    weights, fp8 = str(dtype).removeprefix("torch."), config.precision.fp8
+    products = "" if fp8 == "none" else f", decoder products in FP8 ({fp8})"
     lines += [
-        f"Device {runtime.device.type}, {weights} weights, layer backend {backend}{attention}{kernels}",
+        f"Device {runtime.device.type}, {weights} weights{products}, layer backend {backend}{attention}{kernels}",
         f"MFU is a share of {peak / 1e12:.4g} TFLOP/s per rank ({unit}); the tower is counted",
     ]
     return lines

@@ -30,6 +30,7 @@ from megatron_vl.errors import CheckpointError
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.budget import total_steps
+from megatron_vl.plan.overlap import overlap_of
 from megatron_vl.train.ahead import first_does
 from megatron_vl.train.build import Parts, build
 from megatron_vl.train.console import startup_report
@@ -130,10 +131,14 @@ def live_parts(parts: Parts) -> Live:
 
 def resolved(config: RunConfig, parts: Parts) -> RunConfig:
     """The configuration with ``auto`` replaced by what was chosen."""
+    device, copies = parts.runtime.device.type, parts.runtime.layout.dp * parts.runtime.layout.cp
+    overlap = overlap_of(config.parallel, copies, device == "cpu")
     parallel = replace(
         config.parallel,
-        device=parts.runtime.device.type,
+        device=device,
         layer_backend=parts.backend.name,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
         fused_kernels="required" if parts.fused_kernels == "used" else "never",
     )
     params = "bf16" if parts.dtype == torch.bfloat16 else "fp32"

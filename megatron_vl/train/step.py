@@ -19,6 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.batch import MicroBatch
+from megatron_vl.model.fp8_linear import end_step
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.optim.build import set_learning_rate
 from megatron_vl.parallel.context_parallel import take_local
@@ -142,11 +143,14 @@ def forward_backward(
 
 def accumulate_gradients(parts: Parts, step: Callable, batches: Sequence[Rows]) -> list[torch.Tensor]:
     """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once."""
-    parts.decoder_config.finalize_model_grads_func = partial(finish_gradients, parts)
+    config = parts.decoder_config
+    config.finalize_model_grads_func = partial(finish_gradients, parts)
+    waits = [chunk.no_sync for chunk in parts.chunks]  # nothing is sent before the last micro-batch
+    config.no_sync_func = waits if len(waits) > 1 else waits[0]
     try:
         return run_schedule(parts, step, batches, forward_only=False)
     finally:  # the config is part of every module: a reference from it would keep optimizer and groups alive
-        parts.decoder_config.finalize_model_grads_func = None
+        config.finalize_model_grads_func = config.no_sync_func = None
 
 
 def run_schedule(
@@ -232,7 +236,9 @@ def begin_step(parts: Parts) -> None:
 def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
     """``MegatronOptimizer.step()`` of Megatron-Core 0.16.1 with a look before the leap: (loss, gradient norm, skipped).
 
-    The weights become equal to those of ``step()`` bit by bit. A value that is not finite on another rank is nan.
+    The weights become equal to those of ``step()`` bit by bit. A value that is not finite on another rank is nan. With
+    ``overlap_param_gather`` they are still coming in: who reads them outside of a forward pass waits for them first
+    (``ChunkDataParallel.wait_for_weights``).
     """
     optimizer = parts.optimizer
     optimizer.prepare_grads()
@@ -245,6 +251,7 @@ def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
     )  # a replica's norm may be its own: without the distributed optimizer
     bad_loss, bad_norm = bad.tolist()
     if bad_loss or bad_norm:
+        end_step(parts.chunks, parts.runtime.groups, skipped=True)
         loss = math.nan if bad_loss and math.isfinite(loss) else loss
         return loss, math.nan if bad_norm and math.isfinite(norm) else norm, True
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -252,6 +259,9 @@ def update(parts: Parts, loss: float) -> tuple[float, float, bool]:
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
+    end_step(parts.chunks, parts.runtime.groups, skipped=False)
+    for chunk in parts.chunks:
+        chunk.ask_for_weights()
     return loss, norm, False
 
 

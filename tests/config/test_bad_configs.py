@@ -5,6 +5,10 @@ import pytest
 from megatron_vl.config.load import load_run
 from megatron_vl.errors import ConfigErrors
 
+PRECISION = (
+    "params, fp8, fp8_format, fp8_vision, fp8_margin, fp8_amax_history_len, fp8_amax_compute_algo, "
+    "num_layers_at_start_in_bf16, num_layers_at_end_in_bf16"
+)
 # YAML text -> the one problem, as shown.
 BAD_FILES = {
     "paralel: {}": "paralel: unknown key; did you mean parallel?",
@@ -12,8 +16,8 @@ BAD_FILES = {
         "parallel.tensor_model_parallel_sise: unknown key; did you mean parallel.tensor_model_parallel_size?"
     ),
     "train: {seq_length: 8}": "train.seq_length: unknown key; did you mean data.seq_length?",
-    "precision: {zzz: 1}": "precision.zzz: unknown key; the keys here are params",
-    "precision: {1: 1}": "precision.1: unknown key; the keys here are params",
+    "precision: {zzz: 1}": f"precision.zzz: unknown key; the keys here are {PRECISION}",
+    "precision: {1: 1}": f"precision.1: unknown key; the keys here are {PRECISION}",
     "train: 5": "train = 5: must be a section of keys; write its keys indented below it",
     "train: {seed: [1]}": "train.seed = [1]: must be a whole number; got a list",
     "train: {seed: true}": "train.seed = true: must be a whole number; got a bool",

@@ -14,6 +14,22 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 # Overrides on the tiny preset (world size 0: the smallest), and every problem they cause.
 BAD = [
     (
+        "parallel.overlap_param_gather=true parallel.use_distributed_optimizer=false",
+        0,
+        [
+            "parallel.overlap_param_gather = true: gathers what parallel.use_distributed_optimizer has sharded, but "
+            "that is false; set use_distributed_optimizer true, or leave this key out"
+        ],
+    ),
+    (
+        "parallel.overlap_param_gather=true parallel.overlap_grad_reduce=false",
+        0,
+        [
+            "parallel.overlap_param_gather = true: works in the buckets of parallel.overlap_grad_reduce, which is "
+            "false; leave one of the two out"
+        ],
+    ),
+    (
         "parallel.tensor_model_parallel_size=3 model.text.num_query_groups=2",
         0,
         [

@@ -7,6 +7,7 @@ import pytest
 from megatron_vl.config.mixture import PackingConfig
 from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import plan_stages
@@ -73,6 +74,26 @@ def test_live_activations(world, name, placement, packed, recompute, dtype, mode
 )
 def test_live_activations_of_a_larger_model(world, name, placement, packed, recompute, dtype):
     compare(world, name, placement, packed, recompute, dtype, LARGER, text=300)
+
+
+@pytest.mark.parametrize(("name", "first"), [("1", 0), ("tp2sp", 1)])
+def test_live_activations_in_fp8(world, name, first):
+    """Inputs of products at a byte each. Rows are as long as products in FP8 want them."""
+    docs = make_documents(MODEL, [([(2, 2)], 60), ([], 105)])
+    config, batches, layout = run_of(MODEL, name, "data", docs)
+    precision = PrecisionConfig(params="bf16", fp8="tensorwise", num_layers_at_start_in_bf16=first)
+    layers = fp8_layers(precision, MODEL.text.num_layers)
+    kernels = kernels_of("torch", 2, on_cpu=True, fp8=layers)
+    stages = plan_stages(MODEL.text.num_layers, 1)
+    batches = replace(batches, seq_length=-(-batches.seq_length // 16) * 16)
+    for live in world.run(layout.world_size, kept_on_rank, replace(config, precision=precision), batches):
+        load = load_of(batches, live.coords.dp)
+        planned = kept_by_chunk(MODEL, layout, stages[0][0], kernels, load, NONE, live.coords)
+        assert planned["decoder"] == pytest.approx(live.chunks[0]["decoder"], rel=0.02)
+        without = kept_by_chunk(
+            MODEL, layout, stages[0][0], replace(kernels, fp8=frozenset()), load, NONE, live.coords
+        )
+        assert planned["decoder"] < 0.97 * without["decoder"]
 
 
 def compare(world, name, placement, packed, recompute, dtype, model, text: int) -> None:

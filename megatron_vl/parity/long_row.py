@@ -108,7 +108,7 @@ def micro_batch(spec: LongRow, model: ModelConfig, layout: Layout, rank: int) ->
         vision.crop_size,
     )
     coords = layout.coords(rank)
-    if coords.pp != 0:
+    if not layout.encodes(coords):
         return batch
     shares = share_views(batch.view_kinds, layout.vision_size, view_costs(model))
     mine = shares[layout.vision_rank(coords)]

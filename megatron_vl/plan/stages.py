@@ -16,7 +16,7 @@ LAYERS_KEY = "parallel.pipeline_decoder_layers"
 
 @dataclass(frozen=True)
 class Stage:
-    """One model chunk. layers: global indices of its decoder layers, possibly none."""
+    """One model chunk. layers: global indices of its decoder layers, possibly none. vp_stage: -1 for a tower beside."""
 
     pp_rank: int
     vp_stage: int
@@ -26,6 +26,8 @@ class Stage:
     has_head: bool
 
     def __str__(self) -> str:
+        if self.vp_stage < 0:
+            return "tower"
         layers = (
             f"layers {self.layers[0]}-{self.layers[-1]} ({len(self.layers)})" if self.layers else "no layers"
         )
@@ -42,12 +44,16 @@ class Stage:
 
 
 def plan_stages(
-    num_layers: int, pp: int, vpp: int = 1, explicit: Sequence[int] | None = None
+    num_layers: int,
+    pp: int,
+    vpp: int = 1,
+    explicit: Sequence[int] | None = None,
+    tower_beside: bool = False,
 ) -> list[list[Stage]]:
     """The stages as `[pp_rank][vp_stage]`.
 
-    explicit: layers of each chunk in pipeline order; None balances them. Raises ConfigErrors when it cannot
-    be done.
+    explicit: layers of each chunk in pipeline order; None balances them. tower_beside: no stage has the tower, which
+    every rank holds beside its stages (`tower_of_rank`). Raises ConfigErrors when it cannot be done.
     """
     problems = check_stages(num_layers, pp, vpp, explicit)
     if problems:
@@ -61,13 +67,18 @@ def plan_stages(
                 pp_rank=chunk % pp,
                 vp_stage=chunk // pp,
                 layers=tuple(range(first_layer, first_layer + count)),
-                has_vision=chunk == 0,
+                has_vision=chunk == 0 and not tower_beside,
                 has_embedding=chunk == 0,
                 has_head=chunk == last_chunk,
             )
         )
         first_layer += count
     return stages
+
+
+def tower_of_rank(pp_rank: int) -> Stage:
+    """The tower and projector that a pipeline rank holds beside its stages, in placement `all`."""
+    return Stage(pp_rank, vp_stage=-1, layers=(), has_vision=True, has_embedding=False, has_head=False)
 
 
 def balanced_layers(num_layers: int, chunks: int) -> list[int]:

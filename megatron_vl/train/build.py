@@ -8,23 +8,26 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.checkpoint.hf_load import load_weights
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.backend import Backend, choose_backend
 from megatron_vl.model.step3_vl import Step3VL
+from megatron_vl.model.tower import Tower
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.optim.build import build_optimizer
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
-from megatron_vl.plan.stages import Stage, plan_stages
+from megatron_vl.plan.stages import Stage, plan_stages, tower_of_rank
 
 
 @dataclass
 class Parts:
     """The live parts of a run on one rank.
 
-    chunks: DDP-wrapped, one per virtual stage. stages: the description of each. optimizer: None for evaluation.
+    chunks: everything that has weights, DDP-wrapped: one per virtual stage, and the tower last where it stands beside
+    them. stages: the description of each. optimizer: None for evaluation.
     """
 
     config: RunConfig
@@ -35,6 +38,16 @@ class Parts:
     chunks: list[torch.nn.Module]
     dtype: torch.dtype
     optimizer: MegatronOptimizer | None
+
+    @property
+    def tower(self) -> torch.nn.Module | None:
+        """The chunk that is the tower, in placement ``all``."""
+        return self.chunks[-1] if isinstance(self.chunks[-1].module, Tower) else None
+
+    @property
+    def pipeline(self) -> list[torch.nn.Module]:
+        """The chunks that are stages of the pipeline."""
+        return self.chunks if self.tower is None else self.chunks[:-1]
 
 
 def build(
@@ -54,8 +67,9 @@ def build(
     backend = choose_backend(parallel.layer_backend, parallel.cp_comm_type, parallel.flash_attention)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
+    layout, beside = runtime.layout, runtime.layout.tower_beside and not value_head
     stages = plan_stages(
-        model.text.num_layers, runtime.layout.pp, runtime.layout.vpp, parallel.pipeline_decoder_layers
+        model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers, layout.tower_beside
     )
     decoder = decoder_config(model, parallel, config.recompute, numerics, stages)
     vision = vision_config(model, parallel, config.recompute, numerics)
@@ -68,28 +82,42 @@ def build(
         Step3VL(model, decoder, vision, stage, backend, runtime.groups, number, *options, value_head)
         for number, stage in zip(numbers, mine)
     ]
+    if beside:
+        mine = [*mine, tower_of_rank(runtime.coords.pp)]
+        bare.append(Tower(model, vision, backend, runtime.groups))
     for chunk in bare:
         chunk.to(runtime.device)
-    tp = (runtime.layout.tp, runtime.coords.tp)
+    tp = (layout.tp, runtime.coords.tp)
     load_weights(bare, mine, model, source, tp, tp if parallel.vision_placement == "tensor" else (1, 0))
-    chunks = [_wrap(chunk, decoder, config, first=i == 0) for i, chunk in enumerate(bare)]
+    distributed = parallel.use_distributed_optimizer
+    pipeline = bare[:-1] if beside else bare
+    chunks = [_wrap(chunk, decoder, distributed, bucketing=i == 0) for i, chunk in enumerate(pipeline)]
+    tower, copies = None, runtime.groups.of_copies() if beside else None
+    if beside:
+        tower = _wrap(bare[-1], vision, distributed, True, copies)
+        if not distributed and (runtime.coords.pp or runtime.coords.tp):
+            for parameter in tower.parameters():
+                parameter.shared = True  # in the norm of gradients another rank of the replica counts it
     optimizer = None
     if with_optimizer:
-        optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
-    return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer)
+        optimizer = build_optimizer(config.optim, chunks, dtype, distributed, tower, copies)
+    everything = [*chunks, tower] if beside else chunks
+    return Parts(config, runtime, backend, decoder, mine, everything, dtype, optimizer)
 
 
 def _wrap(
-    chunk: Step3VL, decoder: TransformerConfig, config: RunConfig, first: bool
+    chunk: torch.nn.Module,
+    own: TransformerConfig,
+    distributed: bool,
+    bucketing: bool,
+    groups: ProcessGroupCollection | None = None,
 ) -> DistributedDataParallel:
-    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP.
+    """Megatron-Core's DDP: fp32 gradients, summed (never averaged) over DP x CP, or over what `groups` says.
 
     Reduction is not overlapped with the backward pass: a bucket is sent when each of its weights has reported a
     gradient, and on a rank without images the tower's never do (design/megatron_core.md fact 11).
     """
     options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        average_in_collective=False,
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, average_in_collective=False
     )
-    return DistributedDataParallel(decoder, options, chunk, disable_bucketing=not first)
+    return DistributedDataParallel(own, options, chunk, disable_bucketing=not bucketing, pg_collection=groups)

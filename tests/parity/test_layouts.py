@@ -29,6 +29,11 @@ REPRESENTATIVE = (
     ("tp2pp2cp2sp", "data", "dense"),
     ("tp2pp2cp2sp", "tensor", "packed"),
     ("dp2cp2tp2sp", "data", "packed"),
+    ("1", "all", "packed"),
+    ("pp4", "all", "dense"),
+    ("pp2vpp2", "all", "packed"),
+    ("tp2pp2cp2sp", "all", "dense"),
+    ("dp2tp2pp2", "all", "packed"),
 )
 
 

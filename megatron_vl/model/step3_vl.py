@@ -37,7 +37,7 @@ from megatron_vl.plan.vision_share import share_views
 
 @dataclass(frozen=True)
 class OwnFeatures:
-    """Features ``[n, h]`` of the positions that this rank holds; their batch rows and local positions, int64 ``[n]``."""
+    """Features ``[n, h]`` of the positions that this rank holds; batch rows and local positions of them, int64 [n]."""
 
     features: torch.Tensor
     rows: np.ndarray

@@ -78,7 +78,7 @@ def _of_sizes(
         if vpp > 1 and num_layers < pp * vpp:
             continue
         for sp in (True, False) if tp > 1 else (False,):
-            for placement in ("data", "tensor") if tp > 1 else ("data",):
+            for placement in ("data",) + ("tensor",) * (tp > 1) + ("all",) * (pp > 1):
                 layout = Layout(tp, cp, dp, pp, vpp, sp, placement)
                 for layers in _splits(num_layers, pp, vpp, relieved.get((tp, cp, pp, placement), 0.0)):
                     yield from _of_layout(config, layout, layers)

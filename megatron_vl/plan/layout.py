@@ -80,7 +80,7 @@ class Layout:
 
     @property
     def vision_size(self) -> int:
-        """Over how many ranks of a replica views are shared out: of its first stage; in placement `all` of every one."""
+        """Over how many ranks of a replica views are shared out: of its first stage, or (`all`) of every one."""
         if self.placement == "tensor":
             return self.cp
         return self.tp * self.cp * (self.pp if self.tower_beside else 1)

@@ -17,7 +17,7 @@ from megatron_vl.plan.devices import GIB, Device
 from megatron_vl.plan.kept import Kernels, Load, kernels_of
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import memory_of_stage, setting_of
-from megatron_vl.plan.stages import Stage, balanced_layers, plan_stages
+from megatron_vl.plan.stages import Stage, balanced_layers, held_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.step_time import Rates, StepTime, closing_seconds, rates, step_parts, step_seconds
 from megatron_vl.plan.vision_share import CROP, GLOBAL
@@ -164,7 +164,7 @@ class Planner:
         if key not in self._rates:
             self._rates[key] = rates(
                 question.config.model, layout, question.device, question.kernels,
-                question.load(candidate.micro_batch), recompute,
+                question.load(candidate.micro_batch), recompute, candidate.num_microbatches,
             )  # fmt: skip
         return self._rates[key]
 
@@ -185,7 +185,13 @@ class Planner:
             distributed = question.config.parallel.use_distributed_optimizer
             stages = self.stages(candidate)
             state = [
-                bytes_of_stage(question.config.model, layout, stages[pp], question.element, distributed)
+                bytes_of_stage(
+                    question.config.model,
+                    layout,
+                    [one for one in stages[pp] if not one.beside],
+                    question.element,
+                    distributed,
+                )  # fmt: skip
                 for pp in _can_be_fullest(stages)
             ]
             self._closing[key] = closing_seconds(
@@ -194,11 +200,9 @@ class Planner:
         return self._closing[key]
 
     def stages(self, candidate: Candidate) -> list[list[Stage]]:
-        """The stages of a layout."""
-        layout = candidate.layout
-        return plan_stages(
-            self.question.config.model.text.num_layers, layout.pp, layout.vpp, candidate.layers
-        )
+        """What each pipeline rank of a layout holds."""
+        num_layers = self.question.config.model.text.num_layers
+        return held_stages(num_layers, candidate.layout, candidate.layers)
 
     def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
         """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""

@@ -26,7 +26,8 @@ def flops_by_rank(
     doc_lengths: Sequence[int],
     tokens: int | None = None,
 ) -> dict[Coords, dict[str, float]]:
-    """Planned forward FLOPs by part of one micro-batch, for each rank of one data-parallel replica (dp 0).
+    """Planned forward FLOPs by part of one micro-batch, for each rank of one data-parallel replica (dp 0). In placement
+    `all` of a step that has no other.
 
     view_kinds: all views of the micro-batch, in token-stream order. doc_lengths, tokens: as in
     `cost.decoder_layer_flops`; over all CP ranks. The sum over the ranks is `cost.sample_flops`, apart from
@@ -43,7 +44,7 @@ def flops_by_rank(
         here = stages[coords.pp]
         num_layers = sum(len(stage.layers) for stage in here)
         share = dict.fromkeys(PARTS, 0.0)
-        if any(stage.has_vision for stage in here):
+        if layout.tower_beside or any(stage.has_vision for stage in here):
             mine = vision_shares[layout.vision_rank(coords)]
             for part in TOWER_PARTS:
                 share[part] = sum(views[view_kinds[view]][part] for view in mine) / tower_split

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.errors import ConfigErrors, Problem
+from megatron_vl.plan.layout import Layout
 
 LAYERS_KEY = "parallel.pipeline_decoder_layers"
 
@@ -25,8 +26,13 @@ class Stage:
     has_embedding: bool
     has_head: bool
 
+    @property
+    def beside(self) -> bool:
+        """Whether it is the tower beside the stages of a pipeline rank."""
+        return self.vp_stage < 0
+
     def __str__(self) -> str:
-        if self.vp_stage < 0:
+        if self.beside:
             return "tower"
         layers = (
             f"layers {self.layers[0]}-{self.layers[-1]} ({len(self.layers)})" if self.layers else "no layers"
@@ -74,6 +80,14 @@ def plan_stages(
         )
         first_layer += count
     return stages
+
+
+def held_stages(num_layers: int, layout: Layout, explicit: Sequence[int] | None = None) -> list[list[Stage]]:
+    """Everything that each pipeline rank holds: its stages, and in placement `all` the tower behind them."""
+    stages = plan_stages(num_layers, layout.pp, layout.vpp, explicit, layout.tower_beside)
+    if not layout.tower_beside:
+        return stages
+    return [[*of_rank, tower_of_rank(pp_rank)] for pp_rank, of_rank in enumerate(stages)]
 
 
 def tower_of_rank(pp_rank: int) -> Stage:

@@ -3,7 +3,8 @@
 Rules (`distributed/param_and_grad_buffer.py`, without overlap of reduction and backward: one bucket per chunk): the
 trained weights of a chunk stand in one buffer, last weight first. With the distributed optimizer each begins at a
 multiple of 64 elements, the end is padded to a multiple of lcm(DP x CP, 128), weights live in a buffer of that length
-too, and rank r of DP x CP (context fastest) owns the r-th equal piece. Without it nothing is padded.
+too, and rank r of DP x CP (context fastest) owns the r-th equal piece. Without it nothing is padded. A tower beside the
+pipeline has a buffer of its own, cut over all ranks of the world.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ def bytes_of_stage(
     weight_bytes: int = 2,
     distributed_optimizer: bool = True,
 ) -> RankBytes:
-    """Bytes on the fullest rank of a pipeline stage.
+    """Bytes on the fullest rank of a pipeline stage. stage_chunks: as `held_stages` has them.
 
     weight_bytes: 2 (bf16, with an fp32 copy in the optimizer) or 4. Gradients are fp32. Frozen parts have neither
     gradients nor state. The optimizer's bytes are those of a whole piece of the buffer; ranks whose piece has
     padding in it hold less (`bytes_of_rank`).
     """
-    shards = layout.dp * layout.cp if distributed_optimizer else 1
     weights = gradients = optimizer = 0
     for stage in stage_chunks:
+        shards = pieces_of(layout, stage) if distributed_optimizer else 1
         frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer)
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
@@ -81,15 +82,22 @@ def bytes_of_rank(
     Weights count as allocated: with the distributed optimizer the padding of their buffer is in.
     """
     whole = bytes_of_stage(model, layout, stage_chunks, weight_bytes, distributed_optimizer)
-    shards = layout.dp * layout.cp if distributed_optimizer else 1
-    shard = coords.cp + layout.cp * coords.dp if distributed_optimizer else 0
     elements = tensors = 0
     for stage in stage_chunks:
+        shards, shard = 1, 0
+        if distributed_optimizer:
+            shards = pieces_of(layout, stage)
+            shard = layout.rank(coords) if stage.beside else coords.cp + layout.cp * coords.dp
         weights = weights_of_chunk(model, layout, stage)
         some, count = owned(weights, frozen_parts(model), shards, shard, distributed_optimizer)
         elements, tensors = elements + some, tensors + count
     optimizer = state_element_bytes(weight_bytes) * elements + STEP_BYTES * tensors
     return RankBytes(whole.weights, whole.gradients, optimizer)
+
+
+def pieces_of(layout: Layout, stage: Stage) -> int:
+    """Over how many ranks the distributed optimizer cuts a chunk: DP x CP; all, for a tower that all of them hold."""
+    return layout.world_size if stage.beside else layout.dp * layout.cp
 
 
 def frozen_parts(model: ModelConfig) -> tuple[str, ...]:

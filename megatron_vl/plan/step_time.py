@@ -9,7 +9,7 @@ is taken as hidden: reduction of gradients, gathering of weights and tensor-para
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
@@ -24,7 +24,8 @@ from megatron_vl.plan.cost import (
 from megatron_vl.plan.devices import Device
 from megatron_vl.plan.kept import Kernels, Load, block_kept, layer_kept, view_shares
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.state_bytes import GRADIENT_BYTES, RankBytes
+from megatron_vl.plan.stages import tower_of_rank
+from megatron_vl.plan.state_bytes import GRADIENT_BYTES, RankBytes, bytes_of_stage
 from megatron_vl.plan.tensors import padded_to
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -87,12 +88,17 @@ class Piece:
         """Without collectives."""
         return self.compute + self.element
 
+    def divided(self, by: int) -> Piece:
+        """A part of it."""
+        return Piece(self.compute / by, self.element / by, self.tensor / by, self.context / by)
+
 
 @dataclass(frozen=True)
 class Rates:
     """What the parts of a micro-batch cost on a rank of a layout.
 
-    layer: one decoder layer. tower: the heaviest share of the views; tower_mean: the mean share. head: loss included.
+    layer: one decoder layer. tower: the heaviest share of the views; tower_mean: the mean share; in placement `all` of
+    a whole step, over the number of its micro-batches. head: loss included.
     border: seconds of a hidden state between two stages, forward and back.
     """
 
@@ -110,8 +116,9 @@ def rates(
     kernels: Kernels,
     load: Load,
     recompute: RecomputeConfig,
+    num_microbatches: int = 1,
 ) -> Rates:
-    """The rates of a layout; stages do not enter."""
+    """The rates of a layout; stages do not enter. num_microbatches: of a step, for placement `all`."""
     text, ranks = model.text, layout.world_size
     cut = layout.tp * layout.cp
     multiplier = train_multipliers(model, recompute)
@@ -140,7 +147,10 @@ def rates(
         3 * 4 * local * words / layout.tp / device.element_bytes,
         3 * tp_link.gather(hidden) if layout.sp else tp_link.reduce(hidden),
     )
-    tower, mean = _tower(model, layout, device, kernels, load, recompute, multiplier)
+    together = num_microbatches if layout.tower_beside else 1
+    views = replace(load, crops=load.crops * together, globals=load.globals * together)
+    tower, mean = _tower(model, layout, device, kernels, views, recompute, multiplier)
+    tower, mean = tower.divided(together), mean / together
     to_next = link(device, 2, layout.tp * layout.cp * layout.dp, ranks)
     border = 0.0
     if layout.pp > 1:
@@ -205,10 +215,13 @@ def _tower(
         passes = 2 * (multiplier["vision_linear"] - 1) if not model.freeze_vision else 2
         tensor = vision.num_layers * passes * ring.reduce(width)
     all_views = (load.crops, load.globals)
-    if layout.tp * layout.cp > 1:  # each feature goes to the rank that holds its position, its gradient back
+    ranks = layout.vision_size if layout.tower_beside else layout.tp * layout.cp
+    if ranks > 1:  # each feature goes to the rank that holds its position, its gradient back
         owners = layout.cp * (layout.tp if layout.sp else 1)
         features = _dot(all_views, tokens) * model.text.hidden_size * kernels.element
-        group = link(device, layout.tp * layout.cp, 1, layout.world_size)
+        # ranks of several stages are as far apart as the stages
+        stride = layout.dp if layout.tower_beside and layout.pp > 1 else 1
+        group = link(device, ranks, stride, layout.world_size)
         context = 2 * group.gather(features / min(layout.vision_size, owners))
     most = Piece(_dot(mine, compute) + launches, _dot(mine, element), tensor, context)
     return most, (_dot(all_views, compute) + _dot(all_views, element)) / layout.vision_size
@@ -249,13 +262,18 @@ def step_seconds(
     """A step of this layout. counts: decoder layers of each chunk in pipeline order. closing: `closing_seconds`."""
     layer = found.layer.total
     chunks = [count * layer for count in counts]
-    chunks[0] += found.tower.total
+    if not layout.tower_beside:
+        chunks[0] += found.tower.total
     chunks[-1] += found.head.total
     total, bubble = pipeline_seconds(chunks, layout.pp, num_microbatches, found.border)
     if device.on_cpu:  # ranks that wait leave the cores to others
-        own = sum(counts) * found.layer.own + found.tower.own + found.head.own
+        tower = 0.0 if layout.tower_beside else found.tower.own
+        own = sum(counts) * found.layer.own + tower + found.head.own
         busy = num_microbatches * own * layout.world_size / layout.pp / device.processors
         total = max(total, busy + num_microbatches * (sum(chunks) - own) / layout.pp)
+    if layout.tower_beside:  # before the pipeline and after it, all ranks at once
+        crowd = max(1.0, layout.world_size / device.processors) if device.on_cpu else 1.0
+        total += num_microbatches * (found.tower.own * crowd + found.tower.total - found.tower.own)
     return StepTime(total + closing, bubble)
 
 
@@ -269,7 +287,9 @@ def step_parts(
     ranks: list[list[Piece]] = [[] for _ in range(layout.pp)]
     for chunk, count in enumerate(counts):
         ranks[chunk % layout.pp] += (
-            [found.layer] * count + [found.tower] * (chunk == 0) + [found.head] * (chunk == last)
+            [found.layer] * count
+            + [found.tower] * (chunk < layout.pp if layout.tower_beside else chunk == 0)
+            + [found.head] * (chunk == last)
         )
     mine = max(ranks, key=lambda pieces: sum(piece.total for piece in pieces))
     parts = dict.fromkeys(("decoder", "tower", "head", "tp", "cp"), 0.0)
@@ -290,8 +310,9 @@ def closing_seconds(
     weight_bytes: int,
     distributed: bool,
 ) -> dict[str, float]:
-    """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP), the optimizer,
-    and the gathering of weights. The slowest stage counts."""
+    """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP, or in placement `all`
+    over all ranks), the optimizer, and the gathering of weights. state: of stages, without a tower beside them. The
+    slowest stage counts."""
     shards = layout.dp * layout.cp
     ring = link(device, shards, layout.tp, layout.world_size)
     over_tp = link(device, layout.tp, 1, layout.world_size)
@@ -310,4 +331,18 @@ def closing_seconds(
         traffic = OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements
         crowd = layout.world_size / device.processors if device.on_cpu else 1.0
         updates.append(traffic / device.element_bytes * max(1.0, crowd))
-    return {"dp": max(sums), "optimizer": max(updates)}
+    closing = {"dp": max(sums), "optimizer": max(updates)}
+    if not layout.tower_beside:
+        return closing
+    held = bytes_of_stage(model, layout, [tower_of_rank(0)], weight_bytes, distributed)
+    elements, everyone = (
+        held.gradients // GRADIENT_BYTES,
+        link(device, layout.world_size, 1, layout.world_size),
+    )
+    if distributed:
+        closing["dp"] += everyone.gather(held.gradients) + everyone.gather(weight_bytes * elements)
+    else:
+        closing["dp"] += everyone.reduce(held.gradients)
+    owned = elements / layout.world_size if distributed else elements
+    closing["optimizer"] += (OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements) / device.element_bytes
+    return closing

@@ -26,12 +26,22 @@ def share_views(kinds: Sequence[int], size: int, costs: tuple[int, int]) -> list
     views = [[index for index, kind in enumerate(kinds) if kind == wanted] for wanted in (CROP, GLOBAL)]
     if sum(map(len, views)) != len(kinds):
         raise ValueError(f"kinds = {list(kinds)}: every view is CROP ({CROP}) or GLOBAL ({GLOBAL})")
-    dear = GLOBAL if costs[GLOBAL] >= costs[CROP] else CROP
-    even, filling = _deal(len(views[dear]), len(views[1 - dear]), size, costs[dear] // costs[1 - dear])
-    crops, globals_ = (even, filling) if dear == CROP else (filling, even)
+    counts = share_counts(len(views[CROP]), len(views[GLOBAL]), size, costs)
+    crops, globals_ = [crops for crops, _ in counts], [globals_ for _, globals_ in counts]
     return [
         mine + whole for mine, whole in zip(_blocks(views[CROP], crops), _blocks(views[GLOBAL], globals_))
     ]
+
+
+def share_counts(
+    num_crops: int, num_globals: int, size: int, costs: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """(crops, global views) of each share of `share_views`: their order decides which a rank gets, not how many."""
+    dear_is_global = costs[GLOBAL] >= costs[CROP]
+    dear, cheap = (num_globals, num_crops) if dear_is_global else (num_crops, num_globals)
+    ratio = max(costs) // min(costs)
+    even, filling = _deal(dear, cheap, size, ratio)
+    return list(zip(filling, even) if dear_is_global else zip(even, filling))
 
 
 def share_step(

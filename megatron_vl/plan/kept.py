@@ -226,13 +226,16 @@ def step_views_kept(
     trained = not (model.freeze_vision and model.freeze_projector)
     again = recompute.vision_chunk_views is not None and not model.freeze_vision
     full = recompute.vision_num_layers if recompute.vision == "full" else 0
-    mine = step_shares_of(model, layout, load, num_microbatches)[layout.vision_rank(coords)]
+    views = (load.crops * num_microbatches, load.globals * num_microbatches)
+    mine = view_shares(*views, layout.vision_size, view_costs(model))[layout.vision_rank(coords)]
     for kind, count in zip((CROP, GLOBAL), mine):
         if again or not trained:
             continue
         if not model.freeze_vision:
-            for size in wave_sizes(count, recompute.vision_chunk_views, num_microbatches):
-                total += tower_kept(vision, kind, size, 1, kernels, full)
+            size = wave_size(count, recompute.vision_chunk_views, num_microbatches)
+            whole, rest = divmod(count, size)
+            total += whole * tower_kept(vision, kind, size, 1, kernels, full)
+            total += tower_kept(vision, kind, rest, 1, kernels, full) if rest else 0
         if not model.freeze_projector:
             total += count * tokens[kind] * vision.output_size * kernels.element
         total += count * tokens[kind] * width * kernels.element
@@ -243,19 +246,10 @@ def step_views_kept(
     return total
 
 
-def step_shares_of(
-    model: ModelConfig, layout: Layout, load: Load, num_microbatches: int
-) -> tuple[tuple[int, int], ...]:
-    """(crops, global views) of each rank of a replica in a step of equal micro-batches, in placement `all`."""
-    counts = (load.crops * num_microbatches, load.globals * num_microbatches)
-    return view_shares(*counts, layout.vision_size, view_costs(model))
-
-
-def wave_sizes(count: int, chunk: int | None, num_microbatches: int) -> list[int]:
-    """Views of one size that a rank encodes together, wave by wave: `recompute.vision_chunk_views`, or those of a
-    micro-batch."""
-    size = chunk or max(1, -(-count // num_microbatches))
-    return [min(size, count - first) for first in range(0, count, size)]
+def wave_size(count: int, chunk: int | None, num_microbatches: int) -> int:
+    """How many of a rank's views of one size are encoded together: `recompute.vision_chunk_views`, or as many as there
+    are per micro-batch."""
+    return chunk or max(1, -(-count // num_microbatches))
 
 
 @lru_cache(maxsize=4096)

@@ -121,7 +121,9 @@ def _fullest(setting: Setting, layout: Layout, pp_rank: int) -> Coords:
         views = (load.crops * setting.num_microbatches, load.globals * setting.num_microbatches)
         costs, size = view_costs(setting.model), layout.tp * layout.cp
         here = view_shares(*views, layout.vision_size, costs)[pp_rank * size : (pp_rank + 1) * size]
-        most = max(range(size), key=lambda rank: sum(n * cost for n, cost in zip(here[rank], costs)))
+        most = here.index(
+            max(set(here), key=lambda mine: mine[CROP] * costs[CROP] + mine[GLOBAL] * costs[GLOBAL])
+        )
         return Coords(most % layout.tp, most // layout.tp, 0, pp_rank)
     if pp_rank or not load.crops + load.globals:
         return Coords(0, 0, 0, pp_rank)

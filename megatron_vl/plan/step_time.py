@@ -205,7 +205,7 @@ def _tower(
         compute.append((others / device.matmul_flops + attention / device.attention_flops) / split)
         kept = vision.num_layers * block_kept(vision, patches[kind], 1, split, kernels)
         element.append(traffic * kept / device.element_bytes)
-    shares = view_shares(load.crops, load.globals, layout.vision_size, view_costs(model))
+    shares = set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
     mine = max(shares, key=lambda share: _dot(share, compute) + _dot(share, element))
     launches = sum(map(bool, mine)) * vision.num_layers * multiplier["vision_linear"] * device.layer_seconds
     tensor = context = 0.0

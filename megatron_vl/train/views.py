@@ -18,6 +18,7 @@ from megatron_vl.model.step3_vl import OwnFeatures
 from megatron_vl.parallel.feature_exchange import return_gradients, send_features
 from megatron_vl.parallel.feature_plan import ExchangePlan, plan_exchange
 from megatron_vl.plan.cost import view_costs
+from megatron_vl.plan.kept import wave_size
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step
 from megatron_vl.train.build import Parts
 
@@ -77,7 +78,7 @@ class StepViews:
         for kind in (CROP, GLOBAL):
             of_batches = [(batch.crop_pixels, batch.global_pixels)[kind] for batch in self.batches]
             views = [view for pixels in of_batches for view in pixels]
-            size = chunk or max(1, -(-len(views) // len(self.batches)))
+            size = wave_size(len(views), chunk, len(self.batches))
             for start in range(0, len(views), size):
                 pixels = views[start : start + size]
                 behind = first + len(pixels) * self.tokens[kind]

@@ -4,6 +4,7 @@
     python tools/benchmark_throughput.py images                          decode, resize and normalise, per core
     python tools/benchmark_throughput.py images --sizes 1920x1080 --json images.json
     python tools/benchmark_throughput.py loss                            chunked cross entropy: memory, time
+    python tools/benchmark_throughput.py placements                      where the tower is, in a pipeline
 
 Exit code 0: measured, and what was computed is right; 1: something was not, or (--require) too slow; 2: a bad
 command.
@@ -22,12 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 # A clone measures its own code, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_vl.bench import images, loss  # noqa: E402
+from megatron_vl.bench import images, loss, placements  # noqa: E402
 from megatron_vl.errors import MegatronVLError  # noqa: E402
 
 BENCHMARKS = {
     "images": images,
     "loss": loss,
+    "placements": placements,
 }  # each has HELP, add_arguments(parser), run(options) -> (report, record, good)
 
 

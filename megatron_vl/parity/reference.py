@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
 from megatron_vl.errors import CheckpointError
-from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.sequence import row_multiple
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step
+from megatron_vl.plan.shares import views_of_rank
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 PIXEL_SCALE = 32.0
 
@@ -187,12 +187,8 @@ def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: in
             batch = collate(rows, batches.seq_length, padding, *sizes)
         made.append(batch)
         of_rows.append(docs)
-    if not layout.encodes(coords):
-        return made
-    kinds = [batch.view_kinds for batch in made]
-    shares = share_step(kinds, layout.vision_size, view_costs(model), layout.tower_beside)
-    number = layout.vision_rank(coords)
-    return [_with_pixels(b, docs, mine[number]) for b, docs, mine in zip(made, of_rows, shares)]
+    shares = views_of_rank(model, layout, coords, [batch.view_kinds for batch in made])
+    return [_with_pixels(*one) for one in zip(made, of_rows, shares)]
 
 
 def padding_id(model: ModelConfig) -> int:

@@ -32,7 +32,7 @@ PAIRS = (
     ("pp2vpp2", "pp4"), ("pp4", "pp2vpp2"), ("dp8", "dp2"), ("dp2", "cp4"), ("cp2", "dp8"),
     ("dp2tp2pp2", "pp2cp2"), ("dp2cp2tp2sp", "tp2pp2vpp2"), ("tp4/tensor", "tp2"), ("tp2", "tp4sp/tensor"),
     ("dp2tp2pp2/tensor", "dp2cp2tp2sp"), ("dp4/plain", "dp2tp2"), ("dp2tp2", "tp2pp2/plain"),
-    ("tp2spcp2", "dp2tp2pp2/tensor"),
+    ("tp2spcp2", "dp2tp2pp2/tensor"), ("tp2pp2/all", "dp2"), ("dp2tp2", "pp4/all"), ("pp2vpp2/all", "tp2pp2/tensor"),
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def end(name: str, device: str = "cpu") -> End:
         ConfigError: a part of the name is unknown.
     """
     layout, *marks = name.split("/")
-    placement = "tensor" if "tensor" in marks else "data"
+    placement = next((mark for mark in marks if mark in ("tensor", "all")), "data")
     parsed = parse_layout(layout, placement, device)
     p = parsed.parallel
     keys = [

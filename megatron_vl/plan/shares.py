@@ -15,7 +15,7 @@ from megatron_vl.plan.cost import PARTS, TOWER_PARTS, decoder_layer_flops, view_
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.tensors import padded_to, weights_of_chunk
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step, share_views
 
 
 def flops_by_rank(
@@ -54,6 +54,16 @@ def flops_by_rank(
             share["lm_head"] = 2 * rows * width * padded_vocab / (layout.tp * layout.cp)
         result[coords] = share
     return result
+
+
+def views_of_rank(
+    model: ModelConfig, layout: Layout, coords: Coords, kinds: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Which views of each micro-batch of a step the rank encodes, crops first; kinds: of all of them by micro-batch."""
+    if not layout.encodes(coords):
+        return [[] for _ in kinds]
+    shares = share_step(kinds, layout.vision_size, view_costs(model), layout.tower_beside)
+    return [of_ranks[layout.vision_rank(coords)] for of_ranks in shares]
 
 
 def replica_ranks(layout: Layout) -> Iterator[Coords]:

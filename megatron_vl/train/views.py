@@ -61,7 +61,7 @@ class StepViews:
         chunk = parts.config.recompute.vision_chunk_views
         self.again = train and chunk is not None and not model.freeze_vision
         kinds = [batch.view_kinds for batch in batches]
-        shares = share_step(kinds, runtime.layout.vision_size, view_costs(model), together=True)
+        shares = share_step(kinds, runtime.layout.vision_size, view_costs(model), runtime.layout.tower_beside)
         rank = runtime.layout.vision_rank(runtime.coords)
         mine = [[k[view] for view in share[rank]] for k, share in zip(kinds, shares)]
         for batch, have in zip(batches, mine):

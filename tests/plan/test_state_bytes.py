@@ -9,7 +9,7 @@ from megatron_vl.config.schema import PrecisionConfig, RunConfig
 from megatron_vl.parity.layouts import parse_layout
 from megatron_vl.plan.cost import parameters
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.stages import held_stages, plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_rank, bytes_of_stage, owned
 from megatron_vl.plan.tensors import Weight, weights_of_chunk
 from tests.fixtures.small import SMALL
@@ -31,6 +31,8 @@ CASES = [
     ("dp2tp2pp2", "data", "bf16", True, ODD),
     ("dp2cp2tp2sp", "tensor", "bf16", True, ODD),
     ("tp4sp", "data", "fp32", False, ODD),
+    ("dp2tp2pp2", "all", "bf16", True, ODD),
+    ("pp2vpp2", "all", "fp32", False, FROZEN),
 ]
 
 
@@ -43,7 +45,7 @@ def test_live_bytes(world, name, placement, dtype, distributed, model):
         precision=PrecisionConfig(params=dtype),
     )
     layout = Layout.from_config(config.parallel, named.world_size)
-    stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp)
+    stages = held_stages(model.text.num_layers, layout)
     size = {"bf16": 2, "fp32": 4}[dtype]
     for held in world.run(named.world_size, held_on_rank, config):
         here = stages[held.coords.pp]

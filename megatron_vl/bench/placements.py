@@ -229,7 +229,7 @@ def report(record: dict[str, dict[str, Any]], whole: dict[str, Any], good: bool)
         )
     lines += [
         "",
-        "busiest: processor seconds of the rank that has most, which no step can be shorter than; balance: over the mean;",
+        "busiest: processor seconds of the rank that has most, the least that a step can take; balance: over the mean;",
         "work alone: a step with a core per rank by FLOPs, the pipeline's filling included, over equal parts of them.",
     ]
     return "\n".join([*lines, "losses equal" if good else "LOSSES DIFFER"])

@@ -24,8 +24,7 @@ from megatron_vl.plan.cost import (
 from megatron_vl.plan.devices import Device
 from megatron_vl.plan.kept import Kernels, Load, block_kept, layer_kept, view_shares
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.stages import tower_of_rank
-from megatron_vl.plan.state_bytes import GRADIENT_BYTES, RankBytes, bytes_of_stage
+from megatron_vl.plan.state_bytes import GRADIENT_BYTES, RankBytes
 from megatron_vl.plan.tensors import padded_to
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -148,7 +147,9 @@ def rates(
         3 * tp_link.gather(hidden) if layout.sp else tp_link.reduce(hidden),
     )
     together = num_microbatches if layout.tower_beside else 1
-    views = replace(load, crops=load.crops * together, globals=load.globals * together)
+    views = load
+    if together > 1:
+        views = replace(load, crops=load.crops * together, globals=load.globals * together)
     tower, mean = _tower(model, layout, device, kernels, views, recompute, multiplier)
     tower, mean = tower.divided(together), mean / together
     to_next = link(device, 2, layout.tp * layout.cp * layout.dp, ranks)
@@ -309,10 +310,11 @@ def closing_seconds(
     state: Sequence[RankBytes],
     weight_bytes: int,
     distributed: bool,
+    tower: RankBytes | None = None,
 ) -> dict[str, float]:
     """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP, or in placement `all`
-    over all ranks), the optimizer, and the gathering of weights. state: of stages, without a tower beside them. The
-    slowest stage counts."""
+    over all ranks), the optimizer, and the gathering of weights. state: of stages, the slowest of which counts; tower:
+    of one beside them."""
     shards = layout.dp * layout.cp
     ring = link(device, shards, layout.tp, layout.world_size)
     over_tp = link(device, layout.tp, 1, layout.world_size)
@@ -332,17 +334,14 @@ def closing_seconds(
         crowd = layout.world_size / device.processors if device.on_cpu else 1.0
         updates.append(traffic / device.element_bytes * max(1.0, crowd))
     closing = {"dp": max(sums), "optimizer": max(updates)}
-    if not layout.tower_beside:
+    if tower is None:
         return closing
-    held = bytes_of_stage(model, layout, [tower_of_rank(0)], weight_bytes, distributed)
-    elements, everyone = (
-        held.gradients // GRADIENT_BYTES,
-        link(device, layout.world_size, 1, layout.world_size),
-    )
+    elements = tower.gradients // GRADIENT_BYTES
+    everyone = link(device, layout.world_size, 1, layout.world_size)
     if distributed:
-        closing["dp"] += everyone.gather(held.gradients) + everyone.gather(weight_bytes * elements)
+        closing["dp"] += everyone.gather(tower.gradients) + everyone.gather(weight_bytes * elements)
     else:
-        closing["dp"] += everyone.reduce(held.gradients)
+        closing["dp"] += everyone.reduce(tower.gradients)
     owned = elements / layout.world_size if distributed else elements
     closing["optimizer"] += (OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements) / device.element_bytes
     return closing

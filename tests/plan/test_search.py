@@ -58,7 +58,7 @@ def test_nothing_faster_that_fits_is_left_out():
     fastest: dict[tuple, float] = {}
     for found in candidates(planner.question.config, 4, 4, planner.relief()):
         assert isinstance(found, Candidate)
-        for recompute in planner.settings():
+        for recompute in planner.settings(found.layout):
             verdict = planner.judge(replace(found, recompute=recompute))
             sizes = (found.layout.tp, found.layout.cp, found.layout.pp)
             if verdict.fits:

@@ -25,8 +25,8 @@ from megatron_vl.plan.checks import load_checked_run
 
 BEFORE, AFTER = 4, 5
 TOLERANCE = 1e-5
-# (first layout, second layout): sizes as in check_parity, "/tensor" for the sharded tower, "/plain" for an optimizer
-# that is not distributed. Every axis grows and shrinks, alone and with others.
+# (first layout, second layout): sizes as in check_parity, "/tensor" for the sharded tower, "/all" for one on every
+# stage, "/plain" for an optimizer that is not distributed. Every axis grows and shrinks, alone and with others.
 PAIRS = (
     ("1", "tp2pp2cp2sp"), ("tp2pp2cp2sp", "1"), ("tp2", "pp2"), ("pp4", "tp4sp"), ("tp4sp", "dp4"),
     ("pp2vpp2", "pp4"), ("pp4", "pp2vpp2"), ("dp8", "dp2"), ("dp2", "cp4"), ("cp2", "dp8"),

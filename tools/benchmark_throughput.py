@@ -9,6 +9,7 @@
     python tools/benchmark_throughput.py tower RUN.yaml                  the vision tower against plain PyTorch
     python tools/benchmark_throughput.py kernels                         each operation against its twins; ceilings
     python tools/benchmark_throughput.py collectives --nproc 4           collectives over the groups of a layout
+    python tools/benchmark_throughput.py placements                      where the tower is, in a pipeline
 
 Exit code 0: measured, and what was computed is right; 1: something was not, or (--require) too slow; 2: a bad
 command.
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 # A clone measures its own code, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_vl.bench import collectives, images, kernels, loss, step, tower  # noqa: E402
+from megatron_vl.bench import collectives, images, kernels, loss, placements, step, tower  # noqa: E402
 from megatron_vl.errors import MegatronVLError  # noqa: E402
 
 BENCHMARKS = {
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "tower": tower,
     "kernels": kernels,
     "collectives": collectives,
+    "placements": placements,
 }  # each has HELP, add_arguments(parser), run(options) -> (report, record, good)
 
 

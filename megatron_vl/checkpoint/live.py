@@ -1,8 +1,9 @@
 """A rank's live weights and optimizer state as pieces of released tensors, to be written or filled.
 
-What belongs to whom: weights are the same on all DP x CP ranks (and over TP, when not sharded), so one of them
-writes each; the distributed optimizer gives each DP x CP rank a range of every flattened shard, which that rank
-writes. Frozen parameters have no optimizer state; one that is unfrozen later starts with none, at step 0.
+What belongs to whom: weights are the same on all DP x CP ranks (and over TP, when not sharded; a tower beside the
+pipeline on all ranks), so one of them writes each; the distributed optimizer gives each of these ranks a range of every
+flattened shard, which that rank writes. Frozen parameters have no optimizer state; one that is unfrozen later starts
+with none, at step 0.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -115,20 +117,30 @@ class Live:
 
     @cached_property
     def writers(self) -> list[tuple[bool, bool]]:
-        """Per parameter: is this rank's TP rank the one that writes it, and its DP x CP rank."""
+        """Per parameter: does this rank write its values, and the range that its cut optimizer holds of the state.
+
+        A tower beside the pipeline is whole on every rank: pipeline ranks take turns in writing its values, and its
+        optimizer's state is cut over all ranks.
+        """
         coords, layout = self.runtime.coords, self.runtime.layout
-        sizes = [(p.numel(), tp[0] > 1) for p, _, tp in self.named]
+        copies = [self.placement == "all" and rule.part != DECODER for _, rule, _ in self.named]
+        turns = accumulate(copies)
+        here = [not copied or turn % layout.pp == coords.pp for copied, turn in zip(copies, turns)]
+        sizes = [(p.numel() * mine, tp[0] > 1) for mine, (p, _, tp) in zip(here, self.named)]
         chosen = replica_writers(sizes, layout.tp, layout.dp * layout.cp)
-        mine = coords.dp * layout.cp + coords.cp
-        return [(tp in (-1, coords.tp), copy == mine) for tp, copy in chosen]
+        me = coords.dp * layout.cp + coords.cp
+        return [
+            (mine and tp in (-1, coords.tp) and copy == me, copied or tp in (-1, coords.tp))
+            for mine, copied, (tp, copy) in zip(here, copies, chosen)
+        ]
 
     def weights(self) -> list[Slot]:
         """All weights of this rank, none of them still on its way from another rank."""
         for chunk in self.chunks:
             chunk.wait_for_weights()
         return [
-            Slot(WEIGHT, rule, tp, 0, flat(parameter), all(writes))
-            for (parameter, rule, tp), writes in zip(self.named, self.writers, strict=True)
+            Slot(WEIGHT, rule, tp, 0, flat(parameter), writes)
+            for (parameter, rule, tp), (writes, _) in zip(self.named, self.writers, strict=True)
         ]
 
     def optimizer_state(self) -> list[Slot]:
@@ -140,8 +152,8 @@ class Live:
         slots = []
         for main in mains(self.optimizer):
             rule, tp = of[id(main.parameter)]
-            over_tp, over_copies = writes[id(main.parameter)]
-            own = over_tp and (over_copies or self.cuts_optimizer)
+            of_values, of_range = writes[id(main.parameter)]
+            own = of_range if self.cuts_optimizer else of_values
             tensors = {f"optimizer/{name}": flat(t) for name, t in moments(main).items()}
             if main.main.dtype != main.parameter.dtype:
                 tensors[MAIN] = flat(main.main)

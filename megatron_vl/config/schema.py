@@ -38,10 +38,10 @@ class ParallelConfig:
         at_least=0,
     )
     vision_placement: str = key(
-        "data: views are shared out over TP x CP, every rank with the whole tower; tensor: the tower is "
-        "sharded over TP",
+        "data: views are shared out over TP x CP, every rank of the first stage with the whole tower; tensor: the "
+        "tower is sharded over TP; all: the views of a whole step over TP x CP x PP, encoded before the pipeline",
         "data",
-        choices=("data", "tensor"),
+        choices=("data", "tensor", "all"),
     )
     use_distributed_optimizer: bool = key("shard optimizer state and fp32 weights over DP x CP", True)
     overlap_grad_reduce: bool | None = key(

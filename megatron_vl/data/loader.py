@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -23,12 +23,17 @@ from megatron_vl.config.schema import DataConfig
 from megatron_vl.data.batch import MicroBatch, collate, empty_row
 from megatron_vl.data.jsonl import JsonlSource
 from megatron_vl.data.order import SampleOrder, rows_for_step
-from megatron_vl.data.rows import RowBuilder
+from megatron_vl.data.rows import PlannedImage, RowBuilder
 from megatron_vl.errors import DataError
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.vision_share import share_views
+from megatron_vl.plan.vision_share import share_step
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+Planned = tuple[
+    MicroBatch, list[list[PlannedImage]]
+]  # without pixels, and the images of each of its documents
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,15 @@ class Place:
     """Which part of the data a rank takes.
 
     dp_rank, dp_size: its data-parallel coordinate. vision_rank: its number among the vision_size ranks that
-    share out the views of a micro-batch; None on ranks without the tower, which decode nothing.
+    share out the views of a micro-batch, or with whole_steps those of all micro-batches of a step together; None on
+    ranks without the tower, which decode nothing.
     """
 
     dp_rank: int = 0
     dp_size: int = 1
     vision_rank: int | None = 0
     vision_size: int = 1
+    whole_steps: bool = False
 
 
 @dataclass
@@ -66,6 +73,10 @@ class MicroBatches(Dataset):
         return self.global_batch_size // (self.micro_batch_size * self.place.dp_size)
 
     def __getitem__(self, item: int) -> MicroBatch:
+        return with_shares([self.planned(item)], self.builder, self.place)[0]
+
+    def planned(self, item: int) -> Planned:
+        """A micro-batch without pixels."""
         step, micro_batch = divmod(item, self.per_step)
         place = self.place
         numbers = rows_for_step(
@@ -85,10 +96,31 @@ class MicroBatches(Dataset):
             model.vision.image_size,
             model.vision.crop_size,
         )
-        if place.vision_rank is None:
-            return batch
-        share = share_views(batch.view_kinds, place.vision_size, view_costs(model))[place.vision_rank]
-        return self.builder.with_pixels(batch, [images for _, images in built], share)
+        return batch, [images for _, images in built]
+
+
+def with_shares(planned: Sequence[Planned], builder: RowBuilder, place: Place) -> list[MicroBatch]:
+    """Micro-batches with the pixels of this rank's shares: of one, or of all of a step where `place` says so."""
+    if place.vision_rank is None:
+        return [batch for batch, _ in planned]
+    kinds, costs = [batch.view_kinds for batch, _ in planned], view_costs(builder.model)
+    shares = share_step(kinds, place.vision_size, costs, place.whole_steps)
+    return [
+        builder.with_pixels(batch, images, mine[place.vision_rank])
+        for (batch, images), mine in zip(planned, shares)
+    ]
+
+
+@dataclass
+class WholeSteps(Dataset):
+    """The micro-batches of one rank step by step, for ranks that share out the views of whole steps."""
+
+    micro_batches: MicroBatches
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        source, per_step = self.micro_batches, self.micro_batches.per_step
+        planned = [source.planned(step * per_step + number) for number in range(per_step)]
+        return with_shares(planned, source.builder, source.place)
 
 
 class Loader:
@@ -111,10 +143,12 @@ class Loader:
         self.step = start_step
         self.num_steps = num_steps
         self.wait_seconds = 0.0
-        self._numbers = _Numbers(self, micro_batches.per_step)
+        whole_steps = micro_batches.place.whole_steps
+        self._items = 1 if whole_steps else micro_batches.per_step  # of a step
+        self._numbers = _Numbers(self, self._items)
         self._background = background = data.num_workers > 0
         self._data_loader = DataLoader(
-            micro_batches,
+            WholeSteps(micro_batches) if whole_steps else micro_batches,
             batch_size=None,
             sampler=self._numbers,
             collate_fn=_unchanged,
@@ -125,7 +159,7 @@ class Loader:
             timeout=timeout_seconds if background else 0,
         )
         self._timeout_seconds = timeout_seconds
-        self._iterator: Iterator[MicroBatch] | None = None
+        self._iterator: Iterator[MicroBatch | list[MicroBatch]] | None = None
         self._workers: list[multiprocessing.process.BaseProcess] = []
         if background:
             atexit.register(_end, self._workers)  # before multiprocessing asks them by SIGTERM, and waits
@@ -146,8 +180,9 @@ class Loader:
                 with _without_stop_signals(), self._starting():
                     self._iterator = iter(self._data_loader)
             batches = []
-            for _ in range(self.micro_batches.per_step):
-                batches.append(next(self._iterator))
+            for _ in range(self._items):
+                item = next(self._iterator)
+                batches += item if isinstance(item, list) else [item]
                 if tick is not None:
                     tick()
         except (RuntimeError, EOFError, OSError) as error:

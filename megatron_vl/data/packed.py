@@ -18,7 +18,7 @@ from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
 from megatron_vl.data.jsonl import RawLine
 from megatron_vl.data.lengths import Source, checksum
 from megatron_vl.data.lengths_build import length_index
-from megatron_vl.data.loader import Loader, Place
+from megatron_vl.data.loader import Loader, Place, Planned, with_shares
 from megatron_vl.data.make_plan import plan_of_run
 from megatron_vl.data.order import rows_for_step
 from megatron_vl.data.plan_settings import TOO_MANY_VIEWS, PlanSettings
@@ -26,8 +26,7 @@ from megatron_vl.data.row_plan import PlannedDocument, PlannedRow, RowPlan, assi
 from megatron_vl.data.rows import PlannedImage, RowBuilder
 from megatron_vl.data.turns import SplitRule
 from megatron_vl.errors import DataError
-from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 REFUSED_WHEN_INDEXED = "refused_when_indexed"
 
@@ -93,6 +92,10 @@ class PackedMicroBatches(Dataset):
         return self.plan.settings.global_batch_size // (self.micro_batch_size * self.place.dp_size)
 
     def __getitem__(self, item: int) -> MicroBatch:
+        return with_shares([self.planned(item)], self.builder, self.place)[0]
+
+    def planned(self, item: int) -> Planned:
+        """A micro-batch without pixels."""
         step, micro_batch = divmod(item, self.per_step)
         rows = self._my_rows(step, micro_batch)
         if self.plan.settings.packed:
@@ -100,13 +103,9 @@ class PackedMicroBatches(Dataset):
         else:
             built = [self._build(row.documents[0]) if row.documents else (empty_row(""), []) for row in rows]
         batch = self._joined([row for row, _ in built])
-        if self.place.vision_rank is None:
-            return batch
-        costs = view_costs(self.builder.model)
-        share = share_views(batch.view_kinds, self.place.vision_size, costs)[self.place.vision_rank]
         # A refused document has no place in a packed row, and no image.
         images = [images for row, images in built if len(row.ids) or not self.plan.settings.packed]
-        return self.builder.with_pixels(batch, images, share)
+        return batch, images
 
     def _my_rows(self, step: int, micro_batch: int) -> list[PlannedRow]:
         rows, place = self.plan.step(step), self.place

@@ -74,7 +74,7 @@ class FeatureStore:
         for digest, image in wanted.items():
             self._rows[digest] = image.plan.num_crops * vision.crop_tokens + vision.global_tokens
         counts, problems = FeatureCounts(), []
-        if self.parts.runtime.is_first_stage:
+        if self.parts.runtime.layout.encodes(self.parts.runtime.coords):
             problems = self._work(wanted, counts)
         self._settle(counts, problems)
 
@@ -115,12 +115,9 @@ class FeatureStore:
             self.parts.runtime.coords,
             self.parts.runtime.groups,
         )
-        replica = coords.dp * layout.cp + coords.cp
         together = layout.placement == "tensor"
-        number, size = replica, layout.dp * layout.cp
-        if not together:
-            number, size = replica * layout.tp + coords.tp, size * layout.tp
-        mine = sorted(wanted)[number::size]
+        number = coords.dp * layout.vision_size + layout.vision_rank(coords)
+        mine = sorted(wanted)[number :: layout.dp * layout.vision_size]
         leads = not together or coords.tp == 0
         missing = [self._missing(mine, counts) if leads else []]
         if together and layout.tp > 1:
@@ -171,7 +168,7 @@ def encode(parts: Parts, crops: torch.Tensor, whole: torch.Tensor) -> torch.Tens
     """Projected features ``[rows, h]`` of one image: its crops ``[n, 3, C, C]`` one by one, then the global view
     ``[1, 3, G, G]``. On ranks that hold the tower.
     """
-    chunk = parts.chunks[0].module
+    chunk = (parts.tower or parts.chunks[0]).module
     found = []
     for pixels in (*crops.split(VIEWS_AT_ONCE), whole):
         if len(pixels):

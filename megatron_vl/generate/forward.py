@@ -23,7 +23,7 @@ class Forward:
     def __init__(self, parts: Parts) -> None:
         """Raises ConfigError when the layers are not those of the torch backend."""
         self.parts, self.groups = parts, parts.runtime.groups
-        self.chunks = [chunk.module for chunk in parts.chunks]
+        self.chunks = [chunk.module for chunk in parts.pipeline]
         self.slots = [slot for chunk in self.chunks for slot in attention_slots(chunk.decoder)]
         self.is_last = parts.runtime.is_last_stage
         self.cache: KVCache | None = None

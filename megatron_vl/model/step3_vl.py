@@ -8,9 +8,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.checkpoint import checkpoint
@@ -21,9 +21,8 @@ from megatron_vl.model.backend import Backend, decoder_spec
 from megatron_vl.model.fusion import image_slots, put_features
 from megatron_vl.model.heads import ValueHead
 from megatron_vl.model.offload import Offload
-from megatron_vl.model.projector import Projector
 from megatron_vl.model.rope import extend_rope
-from megatron_vl.model.vision_encoder import VisionEncoder
+from megatron_vl.model.tower import build_tower, project
 from megatron_vl.ops.cross_entropy import HeadShard, Scoring, TokenScores, score_tokens
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.parallel.feature_exchange import exchange_features
@@ -37,6 +36,15 @@ from megatron_vl.plan.vision_share import share_views
 
 
 @dataclass(frozen=True)
+class OwnFeatures:
+    """Features ``[n, h]`` of the positions that this rank holds; batch rows and local positions of them, int64 [n]."""
+
+    features: torch.Tensor
+    rows: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
 class StageInputs:
     """What one stage needs of a micro-batch, on the device. Rows are whole: a stage takes its own slice.
 
@@ -44,6 +52,7 @@ class StageInputs:
     a packed row, None for dense rows; lengths: true document lengths. view_kinds: CROP or GLOBAL per view in
     stream order. crop_pixels, global_pixels: ``[n, 3, side, side]``, this rank's share only. features: projected
     features of all views in stream order ``[rows, h]``, on every rank of the first stage; the tower is not run then.
+    own: in placement ``all``, on the first stage, what was encoded before the pipeline; None without views.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +64,7 @@ class StageInputs:
     global_pixels: torch.Tensor
     sample_ids: list[str]
     features: torch.Tensor | None = None
+    own: OwnFeatures | None = None
 
 
 class Step3VL(MegatronModule):
@@ -92,11 +102,7 @@ class Step3VL(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.vision_model = self.projector = None
         if stage.has_vision:
-            alone = groups.alone
-            vision_tp = groups.tp if vision.tensor_model_parallel_size > 1 else alone
-            tower_groups = ProcessGroupCollection(tp=vision_tp, cp=alone, pp=alone)
-            self.vision_model = VisionEncoder(vision, model.vision, backend, tower_groups)
-            self.projector = Projector(vision, model.text.hidden_size, vision_tp)
+            self.vision_model, self.projector = build_tower(model, vision, backend, groups)
         self.language_model = GPTModel(
             config=decoder,
             transformer_layer_spec=decoder_spec(stage.layers, backend),
@@ -125,7 +131,8 @@ class Step3VL(MegatronModule):
             self.head = HeadShard(model.text.vocab_size, groups.tp, decoder.sequence_parallel, chunk)
         self.offload = offload
         self._mask_padded_vocab()
-        self._freeze()
+        if model.freeze_decoder:
+            self.language_model.requires_grad_(False)
 
     @property
     def decoder(self) -> torch.nn.Module:
@@ -136,16 +143,6 @@ class Step3VL(MegatronModule):
         """Parameters of tower and projector on this stage."""
         modules = [m for m in (self.vision_model, self.projector) if m is not None]
         return [p for module in modules for p in module.parameters()]
-
-    def _freeze(self) -> None:
-        frozen = (
-            (self.vision_model, self.model.freeze_vision),
-            (self.projector, self.model.freeze_projector),
-            (self.language_model, self.model.freeze_decoder),
-        )
-        for module, freeze in frozen:
-            if module is not None and freeze:
-                module.requires_grad_(False)
 
     def _mask_padded_vocab(self) -> None:
         """Rows that only pad the vocabulary to a multiple of TP get logit -inf: no probability, no gradient."""
@@ -209,6 +206,8 @@ class Step3VL(MegatronModule):
         """Token embeddings of this rank's positions with image features put in: ``[S / cp (/ tp), b, h]``."""
         ids = take_local(inputs.input_ids, inputs.bounds, self.groups.cp)
         embeddings = self.language_model.embedding(input_ids=ids, position_ids=None)
+        if inputs.own is not None:
+            return put_features(embeddings, inputs.own.features, inputs.own.rows, inputs.own.positions)
         kinds, vision = inputs.view_kinds, self.model.vision
         tokens = (vision.crop_tokens, vision.global_tokens)
         slots = image_slots(
@@ -262,9 +261,7 @@ class Step3VL(MegatronModule):
     def _project(self, pixels: torch.Tensor, anchor: torch.Tensor | None = None) -> torch.Tensor:
         """``[n, 3, side, side] -> [n * tokens, h]``, view by view. anchor: makes a checkpoint have a backward."""
         del anchor
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.freeze_vision):
-            features = self.vision_model(pixels)
-        return self.projector(features).transpose(0, 1).flatten(0, 1)
+        return project(self.vision_model, self.projector, pixels, self.model.freeze_vision)
 
     def _trains_vision(self) -> bool:
         return any(p.requires_grad for p in self.vision_parameters())

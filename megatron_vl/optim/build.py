@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vl.config.schema import OptimConfig
 
@@ -31,9 +37,17 @@ def parameter_groups(config: OptimConfig) -> dict[ParamKey, dict]:
 
 
 def build_optimizer(
-    config: OptimConfig, chunks: Sequence[torch.nn.Module], dtype: torch.dtype, distributed: bool
+    config: OptimConfig,
+    chunks: Sequence[torch.nn.Module],
+    dtype: torch.dtype,
+    distributed: bool,
+    tower: torch.nn.Module | None = None,
+    copies: ProcessGroupCollection | None = None,
 ) -> MegatronOptimizer:
-    """AdamW over the DDP-wrapped ``chunks``; fp32 main weights when the parameters are bf16."""
+    """AdamW over the DDP-wrapped ``chunks``; fp32 main weights when the parameters are bf16.
+
+    tower, copies: a DDP-wrapped module that all ranks hold whole, and the groups that its state is cut over.
+    """
     assert config.optimizer == "adamw", config.optimizer
     options = OptimizerConfig(
         optimizer="adam",
@@ -48,9 +62,16 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(
-        options, list(chunks), config_overrides=parameter_groups(config), use_gloo_process_groups=False
+    groups = parameter_groups(config)
+    optimizer = get_megatron_optimizer(
+        options, list(chunks), config_overrides=groups, use_gloo_process_groups=False
     )
+    if tower is None or not any(parameter.requires_grad for parameter in tower.parameters()):
+        return optimizer
+    beside = get_megatron_optimizer(
+        options, [tower], config_overrides=groups, use_gloo_process_groups=False, pg_collection=copies
+    )
+    return ChainedOptimizer([*optimizer.chained_optimizers, *beside.chained_optimizers])
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

@@ -17,13 +17,14 @@ from collections.abc import Iterable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vl.plan.overlap import Overlap
 
 
 class ChunkDataParallel(DistributedDataParallel):
-    """A model chunk with fp32 gradients that are summed, never averaged, over DP x CP.
+    """A model chunk with fp32 gradients that are summed, never averaged, over DP x CP, or over what ``groups`` says.
 
     late: weights that may have no gradient in a micro-batch, or several. directly: (module, weight): the weight is
     read behind the module's forward pass without a call of its own module.
@@ -39,6 +40,7 @@ class ChunkDataParallel(DistributedDataParallel):
         one_bucket: bool,
         late: Iterable[torch.nn.Parameter] = (),
         directly: tuple[torch.nn.Module, torch.nn.Parameter] | None = None,
+        groups: ProcessGroupCollection | None = None,
     ) -> None:
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -49,7 +51,7 @@ class ChunkDataParallel(DistributedDataParallel):
             align_param_gather=overlap.param_gather,  # a module's call asks for no other bucket
             bucket_size=bucket,
         )
-        super().__init__(config, options, chunk, disable_bucketing=one_bucket)
+        super().__init__(config, options, chunk, disable_bucketing=one_bucket, pg_collection=groups)
         may_not_run = {id(parameter) for parameter in late}
         self.late_groups = [
             group for group in self.bucket_groups if any(id(p) in may_not_run for p in group.params)

@@ -3,10 +3,14 @@
 A pure function of views, positions and layout, so that every rank knows all counts and no sizes are exchanged. A
 feature row has exactly one position. Two roles:
 
-* who encodes: in placement ``data`` one rank per share of the views, in ``tensor`` the TP ranks of a CP rank, each of
-  which ends with equal copies of all rows;
+* who encodes: in placements ``data`` and ``all`` one rank per share of the views, in ``tensor`` the TP ranks of a CP
+  rank, each of which ends with equal copies of all rows;
 * who owns a position: the CP rank whose zigzag slice it is in; with sequence parallelism one of its TP ranks, without
-  it all of them, which hold equal copies and get equal gradients.
+  it all of them, which hold equal copies and get equal gradients. In placement ``all`` these are ranks of the first
+  pipeline stage; the others encode and own nothing.
+
+Ranks are numbered within the group that exchanges, pp x (CP x TP) + cp x TP + tp: the first stage's, in placement
+``all`` those of the whole replica.
 
 Where the giver has copies, a receiver takes them from the one with its own tensor-parallel rank; so nothing is sent
 or added up twice, in either direction.
@@ -25,7 +29,7 @@ from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """One rank's part. Arrays are int64, counts are rows per rank of the group of ``tp x cp`` ranks.
+    """One rank's part. Arrays are int64, counts are rows per rank of the group that exchanges.
 
     send: rows of its own features in the order in which they leave. send_counts, receive_counts: how many go to, and
     come from, each rank. slot_rows, slot_positions: batch row and local position of each feature received.
@@ -53,9 +57,9 @@ def plan_exchange(
     layout: Layout,
     rank: int,
 ) -> ExchangePlan:
-    """The part of ``rank`` = cp x TP + tp.
+    """The part of ``rank`` of the group.
 
-    kinds: of all views of the micro-batch; shares: of ``share_views`` over ``layout.vision_size`` ranks. tokens:
+    kinds: of all views of the micro-batch; shares: of ``share_step`` over ``layout.vision_size`` ranks. tokens:
     feature rows of one crop and of one global view. slots: batch row and position of every feature in stream order.
     bounds: padded document boundaries of a row, ``[0, S]`` when dense.
     """
@@ -135,10 +139,17 @@ def held_rows(
 
 
 def _roles(layout: Layout) -> tuple[list[int], list[int]]:
-    """Per rank of the group: which share it encodes, and as which owner it holds positions."""
-    ranks = range(layout.cp * layout.tp)
-    cp = [rank // layout.tp for rank in ranks]
-    return list(ranks) if layout.placement == "data" else cp, list(ranks) if layout.sp else cp
+    """Per rank of the group: which share it encodes, and as which owner it holds positions.
+
+    Ranks behind the first stage are the owner behind the last one, which no position has.
+    """
+    first_stage = range(layout.cp * layout.tp)
+    cp = [rank // layout.tp for rank in first_stage]
+    owns = list(first_stage) if layout.sp else cp
+    if layout.placement == "tensor":
+        return cp, owns
+    behind = layout.vision_size - len(first_stage)
+    return list(range(layout.vision_size)), owns + [max(owns) + 1] * behind
 
 
 def _from_me(giver: list[int], layout: Layout, rank: int) -> list[bool]:

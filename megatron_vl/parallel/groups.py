@@ -15,7 +15,8 @@ from megatron_vl.plan.layout import Layout
 @dataclass(frozen=True)
 class Groups:
     """megatron: what Megatron-Core's parts take. tp_cp: the ranks that hold one micro-batch on a pipeline stage, tensor
-    fastest; they share out its views. replica: all ranks of one data-parallel replica. alone: this rank only.
+    fastest; they share out its views. replica: all ranks of one data-parallel replica, tensor fastest, then context,
+    then pipeline. alone: this rank only. world: all ranks.
     """
 
     megatron: ProcessGroupCollection
@@ -27,6 +28,19 @@ class Groups:
     tp_cp: dist.ProcessGroup
     replica: dist.ProcessGroup
     alone: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+    def of_copies(self) -> ProcessGroupCollection:
+        """What Megatron-Core's DDP and optimizer take for weights that every rank of the world holds whole.
+
+        Data parallelism over all ranks: gradients are summed over all of them, and the distributed optimizer cuts its
+        state in as many pieces. Norms are added up over the same group as those of the pipeline's weights.
+        """
+        alone, world = self.alone, self.world
+        return ProcessGroupCollection(
+            tp=alone, cp=alone, pp=alone, ep=alone, expt_dp=alone, tp_ep_pp=alone, mp=self.megatron.mp, dp=world,
+            dp_cp=world, intra_dist_opt=parallel_state.get_intra_distributed_optimizer_instance_group(),
+        )  # fmt: skip
 
 
 def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
@@ -55,4 +69,5 @@ def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
         tp_cp=megatron.tp_cp,
         replica=replica,
         alone=alone,
+        world=dist.group.WORLD,
     )

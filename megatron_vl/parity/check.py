@@ -34,6 +34,7 @@ from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.stages import plan_stages
 
 STEP_TOLERANCE = 1e-5
+PLACEMENTS = ("data", "tensor", "all")
 
 
 @dataclass
@@ -218,7 +219,7 @@ def make_cases(layouts: str, placements: str, formats: str, device: str) -> list
     """
     names = list(ALL) if layouts == "all" else [n for n in layouts.split(",") if n]
     for given, known, what in (
-        (placements, ("data", "tensor"), "placement"),
+        (placements, PLACEMENTS, "placement"),
         (formats, ("dense", "packed"), "format"),
     ):
         bad = [g for g in given.split(",") if g not in known]
@@ -258,7 +259,9 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(CASES),
     )
     p.add_argument("--layouts", default="all", help=f"all, or names separated by commas: {', '.join(ALL)}")
-    p.add_argument("--placements", default="data,tensor", help="where the tower's work goes (default: both)")
+    p.add_argument(
+        "--placements", default=",".join(PLACEMENTS), help="where the tower's work goes (default: everywhere)"
+    )
     p.add_argument("--formats", default="dense,packed", help="row formats (default: both)")
     p.add_argument(
         "--dtype", default="fp32", choices=("fp32", "bf16"), help="compute dtype; sets the tolerances"

@@ -15,7 +15,7 @@ from megatron_vl.parity.reference import Batches, Document, Reference
 from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.sequence import row_multiple
-from megatron_vl.plan.vision_share import CROP, share_views
+from megatron_vl.plan.vision_share import CROP, share_step
 
 
 @dataclass(frozen=True)
@@ -89,29 +89,31 @@ class Assembled:
         """``[views of this kind, tokens, channels]`` over all samples in order; None when the file has no such view."""
         parts: dict[int, list[torch.Tensor]] = {}
         for place in self.batches.placed:
-            kinds = [k for doc in self.batches.rows[place.dp][place.micro_batch][0] for k in doc.kinds]
-            whole = self._views_of(place.dp, place.micro_batch, kinds, kind, name)
+            kinds = self._kinds(place.dp)[place.micro_batch]
+            whole = self._views_of(place.dp, place.micro_batch, kind, name)
             views = range(place.first_view, place.first_view + len(self.docs[place.number].kinds))
             parts[place.number] = [whole[v] for v in views if kinds[v] == kind]
         tensors = [t for number in sorted(parts) for t in parts[number]]
         return torch.stack(tensors) if tensors else None
 
-    def _views_of(
-        self, dp: int, micro_batch: int, kinds: list[int], kind: int, name: str
-    ) -> dict[int, torch.Tensor]:
-        found = {}
-        shares = share_views(kinds, self.layout.vision_size, view_costs(self.model))
-        for vision_rank, views in enumerate(shares):
-            mine = [v for v in views if kinds[v] == kind]
+    def _kinds(self, dp: int) -> list[list[int]]:
+        """Of the views of each micro-batch."""
+        return [[k for doc in groups[0] for k in doc.kinds] for groups in self.batches.rows[dp]]
+
+    def _views_of(self, dp: int, micro_batch: int, kind: int, name: str) -> dict[int, torch.Tensor]:
+        found, layout, of_step = {}, self.layout, self._kinds(dp)
+        shares = share_step(of_step, layout.vision_size, view_costs(self.model), layout.tower_beside)
+        for vision_rank, views in enumerate(shares[micro_batch]):
+            mine = [v for v in views if of_step[micro_batch][v] == kind]
             if not mine:
                 continue
-            if self.layout.placement == "data":
-                cp, tp = divmod(vision_rank, self.layout.tp)
-                value = self._at(dp=dp, pp=0, cp=cp, tp=tp).views[micro_batch, kind, name]
-            else:
-                ranks = [self._at(dp=dp, pp=0, cp=vision_rank, tp=t) for t in range(self.layout.tp)]
-                shards = [r.views[micro_batch, kind, name] for r in ranks]
-                value = torch.cat(shards, dim=-1) if name == "down1" else shards[0]
+            ranks = [
+                self.seen[layout.rank(at)]
+                for at in map(layout.coords, range(layout.world_size))
+                if at.dp == dp and layout.encodes(at) and layout.vision_rank(at) == vision_rank
+            ]
+            shards = [r.views[micro_batch, kind, name] for r in ranks]
+            value = torch.cat(shards, dim=-1) if name == "down1" else shards[0]
             found.update(zip(mine, value))
         return found
 

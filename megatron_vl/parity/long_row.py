@@ -29,9 +29,9 @@ from megatron_vl.data.template import NOT_SCORED
 from megatron_vl.errors import ConfigError
 from megatron_vl.parallel.runtime import choose_device, start
 from megatron_vl.parity.layouts import NamedLayout
-from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.vision_share import CROP, share_views
+from megatron_vl.plan.shares import views_of_rank
+from megatron_vl.plan.vision_share import CROP
 from megatron_vl.train.build import build
 from megatron_vl.train.step import train_step
 
@@ -107,11 +107,7 @@ def micro_batch(spec: LongRow, model: ModelConfig, layout: Layout, rank: int) ->
         vision.image_size,
         vision.crop_size,
     )
-    coords = layout.coords(rank)
-    if coords.pp != 0:
-        return batch
-    shares = share_views(batch.view_kinds, layout.vision_size, view_costs(model))
-    mine = shares[layout.vision_rank(coords)]
+    (mine,) = views_of_rank(model, layout, layout.coords(rank), [batch.view_kinds])
     crops = [v for v in mine if batch.view_kinds[v] == CROP]
     whole = [v for v in mine if batch.view_kinds[v] != CROP]
     return replace(

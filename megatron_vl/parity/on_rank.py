@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vl.checkpoint.hf_load import HFCheckpoint
 from megatron_vl.checkpoint.hf_names import global_name
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.runtime import choose_device, start
 from megatron_vl.parity.reference import Batches, micro_batches
 from megatron_vl.plan.vision_share import CROP, GLOBAL
@@ -69,7 +70,7 @@ def run(job: Job) -> Seen:
             seen.losses.append(result.loss)
             seen.grad_norms.append(result.grad_norm)
         return seen
-    _record(parts, seen)
+    _record(parts, seen, feed)
     for chunk in parts.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -96,12 +97,15 @@ def gather_gradients(chunk: DistributedDataParallel) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, mine, group=peers)
 
 
-def _record(parts: Parts, seen: Seen) -> None:
+def _record(parts: Parts, seen: Seen, feed: Sequence[MicroBatch]) -> None:
     """Hooks that copy the intermediate tensors of the reference file's list."""
-    for chunk, stage in zip(parts.chunks, parts.stages):
+    if parts.tower is not None:
+        _record_step(parts.tower.module, seen, feed)
+    for chunk, stage in zip(parts.pipeline, parts.stages):
         model = chunk.module
         if model.vision_model is not None:
             _record_vision(model, seen)
+        if model.pre_process:
             _record_rows(seen, model.language_model.decoder, "embeds", of_input=True)
         for layer, number in zip(model.language_model.decoder.layers, stage.layers):
             _record_rows(seen, layer, f"hidden{number}")
@@ -123,15 +127,47 @@ def _record_vision(model: torch.nn.Module, seen: Seen) -> None:
 
     def keep(name: str):
         def hook(module, args, output):
-            out = output[0] if isinstance(output, tuple) else output
-            seen.views[state["micro_batch"], state["kind"], name] = (
-                out.detach().float().cpu().transpose(0, 1).clone()
-            )
+            place = (state["micro_batch"], state["kind"], name)
+            seen.views[place] = _of_views(output)
 
         return hook
 
     model.register_forward_pre_hook(enter_stage)
     vision.register_forward_pre_hook(enter_tower)
+    _hook_tower(model, keep)
+
+
+def _record_step(tower: torch.nn.Module, seen: Seen, feed: Sequence[MicroBatch]) -> None:
+    """Of a tower beside the pipeline: crops of all micro-batches come in order, then global views, in any waves.
+
+    feed: with this rank's pixels. A second pass, for gradients, is not recorded.
+    """
+    wanted = [(number, CROP) for number, batch in enumerate(feed) for _ in batch.crop_pixels]
+    wanted += [(number, GLOBAL) for number, batch in enumerate(feed) for _ in batch.global_pixels]
+
+    def keep(name: str):
+        left = list(wanted)
+
+        def hook(module, args, output):
+            for view in _of_views(output) if left else ():
+                place = (*left.pop(0), name)
+                before = [seen.views[place]] if place in seen.views else []
+                seen.views[place] = torch.cat([*before, view[None]])
+
+        return hook
+
+    _hook_tower(tower, keep)
+
+
+def _of_views(output: torch.Tensor | tuple) -> torch.Tensor:
+    """``[tokens, n, channels] -> [n, tokens, channels]`` fp32 on the CPU."""
+    out = output[0] if isinstance(output, tuple) else output
+    return out.detach().float().cpu().transpose(0, 1).clone()
+
+
+def _hook_tower(model: torch.nn.Module, keep: Callable[[str], Callable]) -> None:
+    """keep: makes the hook of an intermediate tensor from its name."""
+    vision = model.vision_model
     vision.ln_pre.register_forward_hook(keep("embed"))
     for number, layer in enumerate(vision.transformer.layers):
         layer.register_forward_hook(keep(f"block{number}"))

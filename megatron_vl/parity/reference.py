@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.data.batch import MicroBatch, Row, collate, empty_row, pack
 from megatron_vl.errors import CheckpointError
-from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.sequence import row_multiple
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.shares import views_of_rank
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 PIXEL_SCALE = 32.0
 
@@ -175,7 +175,7 @@ def arrange(docs: Sequence[Document], layout: Layout, packed: bool, per_packed_r
 def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: int) -> list[MicroBatch]:
     """What ``rank`` is fed: whole rows, and the pixels of its own share of the views."""
     coords, padding = layout.coords(rank), padding_id(model)
-    made = []
+    made, of_rows = [], []
     for groups in batches.rows[coords.dp]:
         docs = [doc for group in groups for doc in group]
         rows = [_row(doc) for doc in docs] or [empty_row("")]
@@ -185,8 +185,10 @@ def micro_batches(batches: Batches, model: ModelConfig, layout: Layout, rank: in
             batch = pack(rows, batches.seq_length, multiple, padding, *sizes)
         else:
             batch = collate(rows, batches.seq_length, padding, *sizes)
-        made.append(_with_pixels(batch, docs, model, layout, rank))
-    return made
+        made.append(batch)
+        of_rows.append(docs)
+    shares = views_of_rank(model, layout, coords, [batch.view_kinds for batch in made])
+    return [_with_pixels(*one) for one in zip(made, of_rows, shares)]
 
 
 def padding_id(model: ModelConfig) -> int:
@@ -201,15 +203,9 @@ def _row(doc: Document) -> Row:
     return Row(f"sample{doc.number}", doc.ids, labels, tuple(doc.kinds))
 
 
-def _with_pixels(
-    batch: MicroBatch, docs: Sequence[Document], model: ModelConfig, layout: Layout, rank: int
-) -> MicroBatch:
-    coords = layout.coords(rank)
-    if coords.pp != 0 or not batch.view_kinds:
-        return batch
+def _with_pixels(batch: MicroBatch, docs: Sequence[Document], mine: Sequence[int]) -> MicroBatch:
+    """mine: the views of a rank's share."""
     pixels = [p for doc in docs for p in doc.pixels]
-    shares = share_views(batch.view_kinds, layout.vision_size, view_costs(model))
-    mine = shares[layout.vision_rank(coords)]
     crops = [pixels[v] for v in mine if batch.view_kinds[v] == CROP]
     whole = [pixels[v] for v in mine if batch.view_kinds[v] == GLOBAL]
     return replace(

@@ -25,14 +25,14 @@ from megatron_vl.plan.checks import load_checked_run
 
 BEFORE, AFTER = 4, 5
 TOLERANCE = 1e-5
-# (first layout, second layout): sizes as in check_parity, "/tensor" for the sharded tower, "/plain" for an optimizer
-# that is not distributed. Every axis grows and shrinks, alone and with others.
+# (first layout, second layout): sizes as in check_parity, "/tensor" for the sharded tower, "/all" for one on every
+# stage, "/plain" for an optimizer that is not distributed. Every axis grows and shrinks, alone and with others.
 PAIRS = (
     ("1", "tp2pp2cp2sp"), ("tp2pp2cp2sp", "1"), ("tp2", "pp2"), ("pp4", "tp4sp"), ("tp4sp", "dp4"),
     ("pp2vpp2", "pp4"), ("pp4", "pp2vpp2"), ("dp8", "dp2"), ("dp2", "cp4"), ("cp2", "dp8"),
     ("dp2tp2pp2", "pp2cp2"), ("dp2cp2tp2sp", "tp2pp2vpp2"), ("tp4/tensor", "tp2"), ("tp2", "tp4sp/tensor"),
     ("dp2tp2pp2/tensor", "dp2cp2tp2sp"), ("dp4/plain", "dp2tp2"), ("dp2tp2", "tp2pp2/plain"),
-    ("tp2spcp2", "dp2tp2pp2/tensor"),
+    ("tp2spcp2", "dp2tp2pp2/tensor"), ("tp2pp2/all", "dp2"), ("dp2tp2", "pp4/all"), ("pp2vpp2/all", "tp2pp2/tensor"),
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def end(name: str, device: str = "cpu") -> End:
         ConfigError: a part of the name is unknown.
     """
     layout, *marks = name.split("/")
-    placement = "tensor" if "tensor" in marks else "data"
+    placement = next((mark for mark in marks if mark in ("tensor", "all")), "data")
     parsed = parse_layout(layout, placement, device)
     p = parsed.parallel
     keys = [

@@ -58,7 +58,8 @@ def candidates(
     """Every legal layout of `world_size` ranks, without recomputation; (key, rule) for each refused one.
 
     node_ranks: tensor parallelism stays inside a node. relieved: by (tp, cp, pp, placement), how many decoder layers
-    the tower costs; the first stage then also comes with that many layers fewer than its balanced share.
+    the tower costs; the first stage then also comes with that many layers fewer than its balanced share. Empty: there
+    are no images, and placement `all` would gain nothing.
     """
     seq_length, num_layers = config.data.seq_length, config.model.text.num_layers
     slice_limit = max(1, seq_length // (SHORTEST_SLICE if seq_length >= 2 * SHORTEST_SLICE else SMALL_SLICE))
@@ -78,7 +79,7 @@ def _of_sizes(
         if vpp > 1 and num_layers < pp * vpp:
             continue
         for sp in (True, False) if tp > 1 else (False,):
-            for placement in ("data", "tensor") if tp > 1 else ("data",):
+            for placement in ("data",) + ("tensor",) * (tp > 1) + ("all",) * (pp > 1 and bool(relieved)):
                 layout = Layout(tp, cp, dp, pp, vpp, sp, placement)
                 for layers in _splits(num_layers, pp, vpp, relieved.get((tp, cp, pp, placement), 0.0)):
                     yield from _of_layout(config, layout, layers)

@@ -19,7 +19,7 @@ from megatron_vl.plan.cost import IMAGE_CHANNELS, view_costs
 from megatron_vl.plan.fp8 import Fp8Layers
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_counts
 
 FP32 = 4
 ID_BYTES = 8
@@ -198,13 +198,18 @@ def vision_kept(
     share: int,
 ) -> int:
     """Bytes of tower, projector and fusion, for the `share`-th share of the views."""
+    vision = model.vision
+    tokens = (vision.crop_tokens, vision.global_tokens)
+    slots = load.crops * tokens[CROP] + load.globals * tokens[GLOBAL]
+    slot_bytes = slots * SLOT_BYTES // (layout.cp * (layout.tp if layout.sp else 1))
+    if layout.tower_beside:
+        return slot_bytes * stage.has_embedding
     if not stage.has_vision or not load.crops + load.globals:
         return 0
     mine = view_shares(load.crops, load.globals, layout.vision_size, view_costs(model))[share]
-    vision, total = model.vision, 0
+    total = 0
     again = recompute.vision_chunk_views is not None and not model.freeze_vision
     split = layout.tp if layout.placement == "tensor" else 1
-    tokens = (vision.crop_tokens, vision.global_tokens)
     for kind, count in zip((CROP, GLOBAL), mine):
         if again:  # the pixels alone, in fp32
             side = (vision.crop_size, vision.image_size)[kind]
@@ -215,17 +220,58 @@ def vision_kept(
             total += tower_kept(vision, kind, count, split, kernels, full)
         if not model.freeze_projector:
             total += count * tokens[kind] * vision.output_size * kernels.element
-    slots = load.crops * tokens[CROP] + load.globals * tokens[GLOBAL]
-    return total + slots * SLOT_BYTES // (layout.cp * (layout.tp if layout.sp else 1))
+    return total + slot_bytes
+
+
+def step_views_kept(
+    model: ModelConfig,
+    layout: Layout,
+    kernels: Kernels,
+    load: Load,
+    recompute: RecomputeConfig,
+    num_microbatches: int,
+    coords: Coords,
+) -> int:
+    """Placement `all`: bytes that a rank keeps of the views of a whole step while the pipeline runs (train/views.py).
+
+    What the waves keep for their backward pass and their features, nothing where they are computed again; on the first
+    stage the features of the rank's positions, and their gradients. Pixels wait in host memory.
+    """
+    vision, width, total = model.vision, model.text.hidden_size, 0
+    tokens = (vision.crop_tokens, vision.global_tokens)
+    trained = not (model.freeze_vision and model.freeze_projector)
+    again = recompute.vision_chunk_views is not None and not model.freeze_vision
+    full = recompute.vision_num_layers if recompute.vision == "full" else 0
+    views = (load.crops * num_microbatches, load.globals * num_microbatches)
+    mine = view_shares(*views, layout.vision_size, view_costs(model))[layout.vision_rank(coords)]
+    for kind, count in zip((CROP, GLOBAL), mine):
+        if again or not trained:
+            continue
+        if not model.freeze_vision:
+            size = wave_size(count, recompute.vision_chunk_views, num_microbatches)
+            whole, rest = divmod(count, size)
+            total += whole * tower_kept(vision, kind, size, 1, kernels, full)
+            total += tower_kept(vision, kind, rest, 1, kernels, full) if rest else 0
+        if not model.freeze_projector:
+            total += count * tokens[kind] * vision.output_size * kernels.element
+        total += count * tokens[kind] * width * kernels.element
+    if coords.pp == 0:
+        rows = num_microbatches * (load.crops * tokens[CROP] + load.globals * tokens[GLOBAL])
+        rows //= layout.cp * (layout.tp if layout.sp else 1)
+        total += rows * width * kernels.element * (1 + trained)
+    return total
+
+
+def wave_size(count: int, chunk: int | None, num_microbatches: int) -> int:
+    """How many of a rank's views of one size are encoded together: `recompute.vision_chunk_views`, or as many as there
+    are per micro-batch."""
+    return chunk or max(1, -(-count // num_microbatches))
 
 
 @lru_cache(maxsize=4096)
 def view_shares(crops: int, globals_: int, size: int, costs: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """(crops, global views) of each share, as `vision_share.share_views` with these costs has it. The order of the
-    views changes which of them a rank gets, but not how many."""
-    kinds = [CROP] * crops + [GLOBAL] * globals_
-    shares = [[kinds[view] for view in mine] for mine in share_views(kinds, size, costs)]
-    return tuple((mine.count(CROP), mine.count(GLOBAL)) for mine in shares)
+    """(crops, global views) of each share, remembered."""
+    return tuple(share_counts(crops, globals_, size, costs))
 
 
 @lru_cache(maxsize=4096)

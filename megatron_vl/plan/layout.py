@@ -22,7 +22,7 @@ class Coords:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes. sp: sequence parallelism. placement of the tower: `data` or `tensor`."""
+    """Sizes of the axes. sp: sequence parallelism. placement of the tower: `data`, `tensor` or `all`."""
 
     tp: int = 1
     cp: int = 1
@@ -74,13 +74,26 @@ class Layout:
         return f"rank {rank} ({self.coords(rank)})"
 
     @property
+    def tower_beside(self) -> bool:
+        """Placement `all`: every rank holds the tower beside its part of the pipeline, and views are shared by step."""
+        return self.placement == "all"
+
+    @property
     def vision_size(self) -> int:
-        """Over how many ranks of the first stage the views of a micro-batch are shared out."""
-        return self.tp * self.cp if self.placement == "data" else self.cp
+        """Over how many ranks of a replica views are shared out: of its first stage, or (`all`) of every one."""
+        if self.placement == "tensor":
+            return self.cp
+        return self.tp * self.cp * (self.pp if self.tower_beside else 1)
+
+    def encodes(self, coords: Coords) -> bool:
+        """Whether the rank encodes views."""
+        return coords.pp == 0 or self.tower_beside
 
     def vision_rank(self, coords: Coords) -> int:
-        """Which share of the views belongs to `coords` (meaningful on the first stage)."""
-        return coords.cp * self.tp + coords.tp if self.placement == "data" else coords.cp
+        """Which share of the views belongs to `coords`, which encodes; in placement `all` its place in the replica."""
+        if self.placement == "tensor":
+            return coords.cp
+        return coords.tp + self.tp * (coords.cp + (self.cp * coords.pp if self.tower_beside else 0))
 
     def grid(self) -> list[str]:
         """The rank grid as lines to print: one per data-parallel replica and pipeline stage."""

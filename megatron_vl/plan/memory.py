@@ -7,11 +7,12 @@ largest thing is counted, and not the buffers of gradient reduction, feature exc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.budget import num_microbatches
+from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import (
     Kernels,
@@ -21,7 +22,9 @@ from megatron_vl.plan.kept import (
     kept_by_chunk,
     kernels_of,
     layer_kept,
+    step_views_kept,
     tower_kept,
+    view_shares,
 )
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
@@ -81,7 +84,7 @@ def setting_of(
 
 
 def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> dict[str, int]:
-    """Bytes by `PARTS` on the fullest rank of a pipeline stage.
+    """Bytes by `PARTS` on the fullest rank of a pipeline stage. chunks: as `held_stages` has them.
 
     tower, decoder, loss: activations of all micro-batches in flight. pipeline: their hidden states at the borders of
     the chunks, which the schedule keeps. workspace: the largest thing that comes and goes: a recomputed group of
@@ -91,6 +94,7 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     fixed = bytes_of_stage(
         setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer, setting.bucket
     )
+    chunks = [stage for stage in chunks if not stage.beside]
     coords = _fullest(setting, layout, chunks[0].pp_rank)
     kept = [
         kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)
@@ -102,6 +106,14 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     active = {
         part: sum(n * one[part] for n, one in zip(flight, kept)) for part in ("vision", "decoder", "loss")
     }
+    borders, passing = _borders(setting, layout, chunks, flight), workspace(setting, layout, chunks)
+    if layout.tower_beside:
+        # before the pipeline and after it, when nothing of the decoder is there
+        alone = _passing_tower(setting, layout) - active["decoder"] - active["loss"] - borders
+        passing = max(passing, alone)
+        active["vision"] += step_views_kept(
+            setting.model, layout, setting.kernels, setting.load, setting.recompute, setting.num_microbatches, coords
+        )  # fmt: skip
     return {
         "weights": fixed.weights,
         "gradients": fixed.gradients,
@@ -109,8 +121,8 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
         "tower": active["vision"],
         "decoder": active["decoder"],
         "loss": active["loss"],
-        "pipeline": _borders(setting, layout, chunks, flight),
-        "workspace": workspace(setting, layout, chunks),
+        "pipeline": borders,
+        "workspace": passing,
         "reserve": setting.reserve,
     }
 
@@ -118,6 +130,14 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
 def _fullest(setting: Setting, layout: Layout, pp_rank: int) -> Coords:
     """The rank of the stage with the most patches to encode."""
     load = setting.load
+    if layout.tower_beside:
+        views = (load.crops * setting.num_microbatches, load.globals * setting.num_microbatches)
+        costs, size = view_costs(setting.model), layout.tp * layout.cp
+        here = view_shares(*views, layout.vision_size, costs)[pp_rank * size : (pp_rank + 1) * size]
+        most = here.index(
+            max(set(here), key=lambda mine: mine[CROP] * costs[CROP] + mine[GLOBAL] * costs[GLOBAL])
+        )
+        return Coords(most % layout.tp, most // layout.tp, 0, pp_rank)
     if pp_rank or not load.crops + load.globals:
         return Coords(0, 0, 0, pp_rank)
     share = heaviest_share(setting.model, load.crops, load.globals, layout.vision_size)
@@ -177,7 +197,12 @@ def _passing_tower(setting: Setting, layout: Layout) -> int:
     split = layout.tp if layout.placement == "tensor" else 1
     group = min(recompute.vision_num_layers, vision.num_layers) if recompute.vision == "full" else 0
     sizes = [0]
-    for kind, count in zip((CROP, GLOBAL), heaviest(model, load, layout.vision_size)):
+    counts = heaviest(model, load, layout.vision_size)
+    if layout.tower_beside:
+        steps = setting.num_microbatches
+        of_step = replace(load, crops=load.crops * steps, globals=load.globals * steps)
+        counts = tuple(-(-count // steps) for count in heaviest(model, of_step, layout.vision_size))
+    for kind, count in zip((CROP, GLOBAL), counts):
         if not count:
             continue
         chunk, tokens = recompute.vision_chunk_views, (vision.crop_tokens, vision.global_tokens)[kind]

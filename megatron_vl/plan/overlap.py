@@ -21,6 +21,9 @@ class Overlap:
     param_gather: bool
 
 
+NONE = Overlap(False, False)
+
+
 def overlap_of(parallel: ParallelConfig, copies: int, on_cpu: bool) -> Overlap:
     """What is done, where nothing is said: both on a GPU, if there is anything to communicate. copies: DP x CP."""
     worth = copies > 1 and not on_cpu

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_vl.config.dump import dump_yaml
+from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.candidates import Candidate, grouped
 from megatron_vl.plan.devices import GIB
 from megatron_vl.plan.memory import PARTS
@@ -54,10 +55,18 @@ def _row(planner: Planner, verdict: Verdict) -> tuple[str, ...]:
         str(layout.tp), "yes" if layout.sp else "-", str(layout.cp), str(layout.pp),
         str(layout.vpp) if layout.vpp > 1 else "-", str(layout.dp), layout.placement,
         str(planner.counts(candidate)[0]) if layout.pp > 1 else "-", str(candidate.micro_batch),
-        str(candidate.num_microbatches), f"{recompute.decoder}/{recompute.vision}", f"{step:.2f}",
+        str(candidate.num_microbatches), f"{recompute.decoder}/{_tower_again(recompute)}", f"{step:.2f}",
         f"{tokens / step / question.world_size:,.0f}", f"{mfu:.1%}", f"{verdict.time.bubble / step:.1%}", balance,
         f"{verdict.peak / GIB:.1f}", f"pp{verdict.fullest}",
     )  # fmt: skip
+
+
+def _tower_again(recompute: RecomputeConfig) -> str:
+    """How the tower is recomputed, in a cell."""
+    if recompute.vision_chunk_views is None:
+        return recompute.vision
+    full = "full+" if recompute.vision == "full" else ""
+    return f"{full}{recompute.vision_chunk_views}"
 
 
 def unfit_lines(answer: Answer) -> list[str]:

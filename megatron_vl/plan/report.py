@@ -15,7 +15,7 @@ from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import PARTS, memory_of_stage, setting_of
 from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.shares import parameters_of_stage
-from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.stages import held_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -152,7 +152,7 @@ def layout_lines(config: RunConfig, layout: Layout) -> list[str]:
 def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
     """Decoder layers and marks of each stage, with parameters and bytes on each of its ranks."""
     model, parallel = config.model, config.parallel
-    stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers)
+    stages = held_stages(model.text.num_layers, layout, parallel.pipeline_decoder_layers)
     weight_bytes, number_format = weight_format(config)
     bucket = bucket_elements(parallel, layout.dp * layout.cp, parallel.device == "cpu")
     lines = [f"Stages, and bytes per rank for weights ({number_format}), gradients and optimizer"]
@@ -162,7 +162,8 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
             model, layout, chunks, weight_bytes, parallel.use_distributed_optimizer, bucket
         )
         for chunk in chunks:
-            name = f"pp{chunk.pp_rank}" + (f" vp{chunk.vp_stage}" if layout.vpp > 1 else "")
+            number = f" vp{chunk.vp_stage}" if layout.vpp > 1 and not chunk.beside else ""
+            name = f"pp{chunk.pp_rank}{number}"
             tail = f"{held:>16,} parameters {_bytes(memory.total):>10}" if chunk is chunks[0] else ""
             lines.append(f"  {name:<8}  {chunk!s:<48}{tail}".rstrip())
     return lines
@@ -171,9 +172,7 @@ def stage_lines(config: RunConfig, layout: Layout) -> list[str]:
 def memory_lines(config: RunConfig, layout: Layout) -> list[str]:
     """Planned bytes of the fullest rank of each stage (`plan.memory`), for rows with as many views as they may hold."""
     parallel, load = config.parallel, fullest_load(config)
-    stages = plan_stages(
-        config.model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers
-    )
+    stages = held_stages(config.model.text.num_layers, layout, parallel.pipeline_decoder_layers)
     setting = setting_of(config, layout, load, weight_format(config)[0], parallel.device == "cpu")
     planned = [memory_of_stage(setting, layout, chunks) for chunks in stages]
     names = [part for part in PARTS if any(memory[part] for memory in planned)]

@@ -18,11 +18,12 @@ from megatron_vl.plan.kept import Kernels, Load, kernels_of
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import memory_of_stage, setting_of
 from megatron_vl.plan.overlap import bucket_elements
-from megatron_vl.plan.stages import Stage, balanced_layers, plan_stages
-from megatron_vl.plan.state_bytes import bytes_of_stage
+from megatron_vl.plan.stages import Stage, balanced_layers, held_stages
+from megatron_vl.plan.state_bytes import RankBytes, bytes_of_stage
 from megatron_vl.plan.step_time import Rates, StepTime, closing_seconds, rates, step_parts, step_seconds
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
+WAVE = 8  # views of a step that are encoded, and computed again, together
 IMAGE_CROPS = 6  # of an image of the plan, beside the global view
 SHOWN = 12
 
@@ -131,14 +132,26 @@ class Planner:
         self._rates: dict[tuple, Rates] = {}
         self._closing: dict[tuple, dict[str, float]] = {}
         self._balanced: dict[int, list[int]] = {}
+        self._tower: RankBytes | None = None
+        self._settings: dict[bool, list[RecomputeConfig]] = {}
 
-    def settings(self) -> list[RecomputeConfig]:
-        """Recomputation to choose from, cheapest first; chunks of views and off-load are the run's. Selective
-        recomputation repeats the core attention and saves nothing worth it: no scores, no gathered K and V are kept."""
-        vision = ["none", "full"] if self.question.images_per_row else ["none"]
+    def settings(self, layout: Layout) -> list[RecomputeConfig]:
+        """Recomputation to choose from, cheapest first; off-load is the run's, and so are chunks of views, but where a
+        tower beside the pipeline would keep those of a whole step. Selective recomputation repeats the core attention
+        and saves nothing worth it: no scores, no gathered K and V are kept."""
+        if layout.tower_beside in self._settings:
+            return self._settings[layout.tower_beside]
         asked = self.question.config.recompute
         base = RecomputeConfig(offload=asked.offload, vision_chunk_views=asked.vision_chunk_views)
-        return [replace(base, decoder=d, vision=v) for d in ("none", "full") for v in vision]
+        if not self.question.images_per_row:
+            vision = [base]
+        elif layout.tower_beside:
+            vision = [base, replace(base, vision_chunk_views=asked.vision_chunk_views or WAVE)]
+        else:
+            vision = [base, replace(base, vision="full")]
+        found = [replace(one, decoder=decoder) for decoder in ("none", "full") for one in vision]
+        self._settings[layout.tower_beside] = found
+        return found
 
     def time(self, candidate: Candidate) -> StepTime:
         """Predicted seconds of a step."""
@@ -160,12 +173,12 @@ class Planner:
         question, layout, recompute = self.question, candidate.layout, candidate.recompute
         key = (
             layout.tp, layout.cp, layout.pp, layout.sp, layout.placement, candidate.micro_batch,
-            recompute.decoder, recompute.vision,
+            recompute.decoder, recompute.vision, recompute.vision_chunk_views,
         )  # fmt: skip
         if key not in self._rates:
             self._rates[key] = rates(
                 question.config.model, layout, question.device, question.kernels,
-                question.load(candidate.micro_batch), recompute,
+                question.load(candidate.micro_batch), recompute, candidate.num_microbatches,
             )  # fmt: skip
         return self._rates[key]
 
@@ -186,24 +199,26 @@ class Planner:
             parallel = question.config.parallel
             distributed = parallel.use_distributed_optimizer
             bucket = bucket_elements(parallel, layout.dp * layout.cp, question.device.on_cpu)
+            model, element, tower = question.config.model, question.element, None
             stages = self.stages(candidate)
+            if layout.tower_beside:
+                stages, beside = [of_rank[:-1] for of_rank in stages], stages[0][-1:]
+                if self._tower is None:  # every rank's, cut over all of them in every layout
+                    self._tower = bytes_of_stage(model, layout, beside, element, distributed)
+                tower = self._tower
             state = [
-                bytes_of_stage(
-                    question.config.model, layout, stages[pp], question.element, distributed, bucket
-                )
+                bytes_of_stage(model, layout, stages[pp], element, distributed, bucket)
                 for pp in _can_be_fullest(stages)
             ]
             self._closing[key] = closing_seconds(
-                question.config.model, layout, question.device, state, question.element, distributed
+                model, layout, question.device, state, element, distributed, tower
             )
         return self._closing[key]
 
     def stages(self, candidate: Candidate) -> list[list[Stage]]:
-        """The stages of a layout."""
-        layout = candidate.layout
-        return plan_stages(
-            self.question.config.model.text.num_layers, layout.pp, layout.vpp, candidate.layers
-        )
+        """What each pipeline rank of a layout holds."""
+        num_layers = self.question.config.model.text.num_layers
+        return held_stages(num_layers, candidate.layout, candidate.layers)
 
     def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
         """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""
@@ -218,13 +233,12 @@ class Planner:
     def answer(self, shown: int = SHOWN) -> Answer:
         """Looks at every legal layout, until ``shown`` (TP, CP, PP) have one that fits."""
         refused, queue, looked_at = [], [], 0
-        settings = self.settings()
         for found in self._candidates():
             if isinstance(found, tuple):
                 refused.append(found)
                 continue
             looked_at += 1
-            first = replace(found, recompute=settings[0])
+            first = replace(found, recompute=self.settings(found.layout)[0])
             queue.append((self.time(first).total, looked_at, 0, first))
         heapq.heapify(queue)
         best: dict[tuple, Verdict] = {}
@@ -238,6 +252,7 @@ class Planner:
             kind = (sizes, layout.vpp, layout.sp, layout.placement, candidate.layers)
             if sizes in best or hopeless.get(kind, candidate.micro_batch + 1) <= candidate.micro_batch:
                 continue
+            settings = self.settings(layout)
             if level == 0 and len(settings) > 1:
                 least = self.judge(replace(candidate, recompute=settings[-1]), every_stage=False)
                 if not least.fits:

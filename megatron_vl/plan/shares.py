@@ -15,7 +15,7 @@ from megatron_vl.plan.cost import PARTS, TOWER_PARTS, decoder_layer_flops, view_
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.tensors import padded_to, weights_of_chunk
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step, share_views
 
 
 def flops_by_rank(
@@ -26,7 +26,8 @@ def flops_by_rank(
     doc_lengths: Sequence[int],
     tokens: int | None = None,
 ) -> dict[Coords, dict[str, float]]:
-    """Planned forward FLOPs by part of one micro-batch, for each rank of one data-parallel replica (dp 0).
+    """Planned forward FLOPs by part of one micro-batch, for each rank of one data-parallel replica (dp 0). In placement
+    `all` of a step that has no other.
 
     view_kinds: all views of the micro-batch, in token-stream order. doc_lengths, tokens: as in
     `cost.decoder_layer_flops`; over all CP ranks. The sum over the ranks is `cost.sample_flops`, apart from
@@ -43,7 +44,7 @@ def flops_by_rank(
         here = stages[coords.pp]
         num_layers = sum(len(stage.layers) for stage in here)
         share = dict.fromkeys(PARTS, 0.0)
-        if any(stage.has_vision for stage in here):
+        if layout.tower_beside or any(stage.has_vision for stage in here):
             mine = vision_shares[layout.vision_rank(coords)]
             for part in TOWER_PARTS:
                 share[part] = sum(views[view_kinds[view]][part] for view in mine) / tower_split
@@ -53,6 +54,16 @@ def flops_by_rank(
             share["lm_head"] = 2 * rows * width * padded_vocab / (layout.tp * layout.cp)
         result[coords] = share
     return result
+
+
+def views_of_rank(
+    model: ModelConfig, layout: Layout, coords: Coords, kinds: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Which views of each micro-batch of a step the rank encodes, crops first; kinds: of all of them by micro-batch."""
+    if not layout.encodes(coords):
+        return [[] for _ in kinds]
+    shares = share_step(kinds, layout.vision_size, view_costs(model), layout.tower_beside)
+    return [of_ranks[layout.vision_rank(coords)] for of_ranks in shares]
 
 
 def replica_ranks(layout: Layout) -> Iterator[Coords]:

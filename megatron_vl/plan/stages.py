@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vl.errors import ConfigErrors, Problem
+from megatron_vl.plan.layout import Layout
 
 LAYERS_KEY = "parallel.pipeline_decoder_layers"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One model chunk. layers: global indices of its decoder layers, possibly none."""
+    """One model chunk. layers: global indices of its decoder layers, possibly none. vp_stage: -1 for a tower beside."""
 
     pp_rank: int
     vp_stage: int
@@ -25,7 +26,14 @@ class Stage:
     has_embedding: bool
     has_head: bool
 
+    @property
+    def beside(self) -> bool:
+        """Whether it is the tower beside the stages of a pipeline rank."""
+        return self.vp_stage < 0
+
     def __str__(self) -> str:
+        if self.beside:
+            return "tower"
         layers = (
             f"layers {self.layers[0]}-{self.layers[-1]} ({len(self.layers)})" if self.layers else "no layers"
         )
@@ -42,12 +50,16 @@ class Stage:
 
 
 def plan_stages(
-    num_layers: int, pp: int, vpp: int = 1, explicit: Sequence[int] | None = None
+    num_layers: int,
+    pp: int,
+    vpp: int = 1,
+    explicit: Sequence[int] | None = None,
+    tower_beside: bool = False,
 ) -> list[list[Stage]]:
     """The stages as `[pp_rank][vp_stage]`.
 
-    explicit: layers of each chunk in pipeline order; None balances them. Raises ConfigErrors when it cannot
-    be done.
+    explicit: layers of each chunk in pipeline order; None balances them. tower_beside: no stage has the tower, which
+    every rank holds beside its stages (`tower_of_rank`). Raises ConfigErrors when it cannot be done.
     """
     problems = check_stages(num_layers, pp, vpp, explicit)
     if problems:
@@ -61,13 +73,26 @@ def plan_stages(
                 pp_rank=chunk % pp,
                 vp_stage=chunk // pp,
                 layers=tuple(range(first_layer, first_layer + count)),
-                has_vision=chunk == 0,
+                has_vision=chunk == 0 and not tower_beside,
                 has_embedding=chunk == 0,
                 has_head=chunk == last_chunk,
             )
         )
         first_layer += count
     return stages
+
+
+def held_stages(num_layers: int, layout: Layout, explicit: Sequence[int] | None = None) -> list[list[Stage]]:
+    """Everything that each pipeline rank holds: its stages, and in placement `all` the tower behind them."""
+    stages = plan_stages(num_layers, layout.pp, layout.vpp, explicit, layout.tower_beside)
+    if not layout.tower_beside:
+        return stages
+    return [[*of_rank, tower_of_rank(pp_rank)] for pp_rank, of_rank in enumerate(stages)]
+
+
+def tower_of_rank(pp_rank: int) -> Stage:
+    """The tower and projector that a pipeline rank holds beside its stages, in placement `all`."""
+    return Stage(pp_rank, vp_stage=-1, layers=(), has_vision=True, has_embedding=False, has_head=False)
 
 
 def balanced_layers(num_layers: int, chunks: int) -> list[int]:

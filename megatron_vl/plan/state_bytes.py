@@ -4,7 +4,8 @@ Rules (`distributed/param_and_grad_buffer.py`): the trained weights of a chunk s
 cut into buckets where reduction overlaps the backward pass (`plan/overlap.py`), else one bucket. With the distributed
 optimizer each weight begins at a multiple of 64 elements, the end of a bucket is padded to a multiple of
 lcm(DP x CP, 128), weights live in a buffer of that length too, and rank r of DP x CP (context fastest) owns the r-th
-equal piece of every bucket. Without it nothing is padded.
+equal piece of every bucket. Without it nothing is padded. A tower beside the pipeline has a buffer of its own, one
+bucket, cut over all ranks of the world.
 """
 
 from __future__ import annotations
@@ -54,16 +55,16 @@ def bytes_of_stage(
     distributed_optimizer: bool = True,
     bucket: int | None = None,
 ) -> RankBytes:
-    """Bytes on the fullest rank of a pipeline stage.
+    """Bytes on the fullest rank of a pipeline stage. stage_chunks: as `held_stages` has them.
 
     weight_bytes: 2 (bf16, with an fp32 copy in the optimizer) or 4. Gradients are fp32. Frozen parts have neither
     gradients nor state. The optimizer's bytes are those of whole pieces of the buckets; ranks whose pieces have
     padding in them hold less (`bytes_of_rank`). bucket: as `overlap.bucket_elements` says.
     """
-    shards = layout.dp * layout.cp if distributed_optimizer else 1
     weights = gradients = optimizer = 0
     for stage in stage_chunks:
         cut = bucket if is_cut(stage) else None
+        shards = pieces_of(layout, stage) if distributed_optimizer else 1
         frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
@@ -85,10 +86,12 @@ def bytes_of_rank(
     Weights count as allocated: with the distributed optimizer the padding of their buffer is in.
     """
     whole = bytes_of_stage(model, layout, stage_chunks, weight_bytes, distributed_optimizer, bucket)
-    shards = layout.dp * layout.cp if distributed_optimizer else 1
-    shard = coords.cp + layout.cp * coords.dp if distributed_optimizer else 0
     elements = tensors = 0
     for stage in stage_chunks:
+        shards, shard = 1, 0
+        if distributed_optimizer:
+            shards = pieces_of(layout, stage)
+            shard = layout.rank(coords) if stage.beside else coords.cp + layout.cp * coords.dp
         weights = weights_of_chunk(model, layout, stage)
         cut = bucket if is_cut(stage) else None
         some, count = owned(weights, frozen_parts(model), shards, shard, distributed_optimizer, cut)
@@ -99,7 +102,12 @@ def bytes_of_rank(
 
 def is_cut(stage: Stage) -> bool:
     """Whether the chunk's buffer is cut into buckets: the first chunk of the first pipeline rank only."""
-    return stage.pp_rank == 0 and stage.vp_stage == 0
+    return not stage.beside and stage.pp_rank == 0 and stage.vp_stage == 0
+
+
+def pieces_of(layout: Layout, stage: Stage) -> int:
+    """Over how many ranks the distributed optimizer cuts a chunk: DP x CP; all, for a tower that all of them hold."""
+    return layout.world_size if stage.beside else layout.dp * layout.cp
 
 
 def frozen_parts(model: ModelConfig) -> tuple[str, ...]:

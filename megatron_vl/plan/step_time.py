@@ -9,7 +9,7 @@ is taken as hidden: reduction of gradients, gathering of weights and tensor-para
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
@@ -87,12 +87,17 @@ class Piece:
         """Without collectives."""
         return self.compute + self.element
 
+    def divided(self, by: int) -> Piece:
+        """A part of it."""
+        return Piece(self.compute / by, self.element / by, self.tensor / by, self.context / by)
+
 
 @dataclass(frozen=True)
 class Rates:
     """What the parts of a micro-batch cost on a rank of a layout.
 
-    layer: one decoder layer. tower: the heaviest share of the views; tower_mean: the mean share. head: loss included.
+    layer: one decoder layer. tower: the heaviest share of the views; tower_mean: the mean share; in placement `all` of
+    a whole step, over the number of its micro-batches. head: loss included.
     border: seconds of a hidden state between two stages, forward and back.
     """
 
@@ -110,8 +115,9 @@ def rates(
     kernels: Kernels,
     load: Load,
     recompute: RecomputeConfig,
+    num_microbatches: int = 1,
 ) -> Rates:
-    """The rates of a layout; stages do not enter."""
+    """The rates of a layout; stages do not enter. num_microbatches: of a step, for placement `all`."""
     text, ranks = model.text, layout.world_size
     cut = layout.tp * layout.cp
     multiplier = train_multipliers(model, recompute)
@@ -140,7 +146,12 @@ def rates(
         3 * 4 * local * words / layout.tp / device.element_bytes,
         3 * tp_link.gather(hidden) if layout.sp else tp_link.reduce(hidden),
     )
-    tower, mean = _tower(model, layout, device, kernels, load, recompute, multiplier)
+    together = num_microbatches if layout.tower_beside else 1
+    views = load
+    if together > 1:
+        views = replace(load, crops=load.crops * together, globals=load.globals * together)
+    tower, mean = _tower(model, layout, device, kernels, views, recompute, multiplier)
+    tower, mean = tower.divided(together), mean / together
     to_next = link(device, 2, layout.tp * layout.cp * layout.dp, ranks)
     border = 0.0
     if layout.pp > 1:
@@ -195,7 +206,7 @@ def _tower(
         compute.append((others / device.matmul_flops + attention / device.attention_flops) / split)
         kept = vision.num_layers * block_kept(vision, patches[kind], 1, split, kernels)
         element.append(traffic * kept / device.element_bytes)
-    shares = view_shares(load.crops, load.globals, layout.vision_size, view_costs(model))
+    shares = set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
     mine = max(shares, key=lambda share: _dot(share, compute) + _dot(share, element))
     launches = sum(map(bool, mine)) * vision.num_layers * multiplier["vision_linear"] * device.layer_seconds
     tensor = context = 0.0
@@ -205,10 +216,13 @@ def _tower(
         passes = 2 * (multiplier["vision_linear"] - 1) if not model.freeze_vision else 2
         tensor = vision.num_layers * passes * ring.reduce(width)
     all_views = (load.crops, load.globals)
-    if layout.tp * layout.cp > 1:  # each feature goes to the rank that holds its position, its gradient back
+    ranks = layout.vision_size if layout.tower_beside else layout.tp * layout.cp
+    if ranks > 1:  # each feature goes to the rank that holds its position, its gradient back
         owners = layout.cp * (layout.tp if layout.sp else 1)
         features = _dot(all_views, tokens) * model.text.hidden_size * kernels.element
-        group = link(device, layout.tp * layout.cp, 1, layout.world_size)
+        # ranks of several stages are as far apart as the stages
+        stride = layout.dp if layout.tower_beside and layout.pp > 1 else 1
+        group = link(device, ranks, stride, layout.world_size)
         context = 2 * group.gather(features / min(layout.vision_size, owners))
     most = Piece(_dot(mine, compute) + launches, _dot(mine, element), tensor, context)
     return most, (_dot(all_views, compute) + _dot(all_views, element)) / layout.vision_size
@@ -249,13 +263,18 @@ def step_seconds(
     """A step of this layout. counts: decoder layers of each chunk in pipeline order. closing: `closing_seconds`."""
     layer = found.layer.total
     chunks = [count * layer for count in counts]
-    chunks[0] += found.tower.total
+    if not layout.tower_beside:
+        chunks[0] += found.tower.total
     chunks[-1] += found.head.total
     total, bubble = pipeline_seconds(chunks, layout.pp, num_microbatches, found.border)
     if device.on_cpu:  # ranks that wait leave the cores to others
-        own = sum(counts) * found.layer.own + found.tower.own + found.head.own
+        tower = 0.0 if layout.tower_beside else found.tower.own
+        own = sum(counts) * found.layer.own + tower + found.head.own
         busy = num_microbatches * own * layout.world_size / layout.pp / device.processors
         total = max(total, busy + num_microbatches * (sum(chunks) - own) / layout.pp)
+    if layout.tower_beside:  # before the pipeline and after it, all ranks at once
+        crowd = max(1.0, layout.world_size / device.processors) if device.on_cpu else 1.0
+        total += num_microbatches * (found.tower.own * crowd + found.tower.total - found.tower.own)
     return StepTime(total + closing, bubble)
 
 
@@ -269,7 +288,9 @@ def step_parts(
     ranks: list[list[Piece]] = [[] for _ in range(layout.pp)]
     for chunk, count in enumerate(counts):
         ranks[chunk % layout.pp] += (
-            [found.layer] * count + [found.tower] * (chunk == 0) + [found.head] * (chunk == last)
+            [found.layer] * count
+            + [found.tower] * (chunk < layout.pp if layout.tower_beside else chunk == 0)
+            + [found.head] * (chunk == last)
         )
     mine = max(ranks, key=lambda pieces: sum(piece.total for piece in pieces))
     parts = dict.fromkeys(("decoder", "tower", "head", "tp", "cp"), 0.0)
@@ -289,9 +310,11 @@ def closing_seconds(
     state: Sequence[RankBytes],
     weight_bytes: int,
     distributed: bool,
+    tower: RankBytes | None = None,
 ) -> dict[str, float]:
-    """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP), the optimizer,
-    and the gathering of weights. The slowest stage counts."""
+    """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP, or in placement `all`
+    over all ranks), the optimizer, and the gathering of weights. state: of stages, the slowest of which counts; tower:
+    of one beside them."""
     shards = layout.dp * layout.cp
     ring = link(device, shards, layout.tp, layout.world_size)
     over_tp = link(device, layout.tp, 1, layout.world_size)
@@ -310,4 +333,15 @@ def closing_seconds(
         traffic = OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements
         crowd = layout.world_size / device.processors if device.on_cpu else 1.0
         updates.append(traffic / device.element_bytes * max(1.0, crowd))
-    return {"dp": max(sums), "optimizer": max(updates)}
+    closing = {"dp": max(sums), "optimizer": max(updates)}
+    if tower is None:
+        return closing
+    elements = tower.gradients // GRADIENT_BYTES
+    everyone = link(device, layout.world_size, 1, layout.world_size)
+    if distributed:
+        closing["dp"] += everyone.gather(tower.gradients) + everyone.gather(weight_bytes * elements)
+    else:
+        closing["dp"] += everyone.reduce(tower.gradients)
+    owned = elements / layout.world_size if distributed else elements
+    closing["optimizer"] += (OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements) / device.element_bytes
+    return closing

@@ -1,4 +1,4 @@
-"""Which rank encodes which view: shares of equal cost."""
+"""Which rank encodes which view: shares of equal cost, of one micro-batch or of a whole step."""
 
 from __future__ import annotations
 
@@ -26,12 +26,43 @@ def share_views(kinds: Sequence[int], size: int, costs: tuple[int, int]) -> list
     views = [[index for index, kind in enumerate(kinds) if kind == wanted] for wanted in (CROP, GLOBAL)]
     if sum(map(len, views)) != len(kinds):
         raise ValueError(f"kinds = {list(kinds)}: every view is CROP ({CROP}) or GLOBAL ({GLOBAL})")
-    dear = GLOBAL if costs[GLOBAL] >= costs[CROP] else CROP
-    even, filling = _deal(len(views[dear]), len(views[1 - dear]), size, costs[dear] // costs[1 - dear])
-    crops, globals_ = (even, filling) if dear == CROP else (filling, even)
+    counts = share_counts(len(views[CROP]), len(views[GLOBAL]), size, costs)
+    crops, globals_ = [crops for crops, _ in counts], [globals_ for _, globals_ in counts]
     return [
         mine + whole for mine, whole in zip(_blocks(views[CROP], crops), _blocks(views[GLOBAL], globals_))
     ]
+
+
+def share_counts(
+    num_crops: int, num_globals: int, size: int, costs: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """(crops, global views) of each share of `share_views`: their order decides which a rank gets, not how many."""
+    dear_is_global = costs[GLOBAL] >= costs[CROP]
+    dear, cheap = (num_globals, num_crops) if dear_is_global else (num_crops, num_globals)
+    ratio = max(costs) // min(costs)
+    even, filling = _deal(dear, cheap, size, ratio)
+    return list(zip(filling, even) if dear_is_global else zip(even, filling))
+
+
+def share_step(
+    kinds: Sequence[Sequence[int]], size: int, costs: tuple[int, int], together: bool
+) -> list[list[list[int]]]:
+    """The shares of every micro-batch of a step, ``[micro-batch][rank]``: indices within the micro-batch, as above.
+
+    kinds: of the views of each micro-batch. together (placement `all`): the views of all micro-batches are shared out
+    at once, so that a rank's sum over the step is the mean plus one view at most, and its share of a single
+    micro-batch may be all of it or nothing. Otherwise each micro-batch is shared out by itself.
+    """
+    if not together:
+        return [share_views(views, size, costs) for views in kinds]
+    whole = share_views([kind for views in kinds for kind in views], size, costs)
+    shares: list[list[list[int]]] = []
+    first = 0
+    for views in kinds:
+        behind = first + len(views)
+        shares.append([[view - first for view in mine if first <= view < behind] for mine in whole])
+        first = behind
+    return shares
 
 
 def _deal(num_dear: int, num_cheap: int, size: int, ratio: int) -> tuple[list[int], list[int]]:

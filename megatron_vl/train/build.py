@@ -13,6 +13,7 @@ from megatron_vl.checkpoint.hf_load import load_weights
 from megatron_vl.config.schema import RunConfig
 from megatron_vl.model.backend import Backend, choose_backend, in_fp8
 from megatron_vl.model.step3_vl import Step3VL
+from megatron_vl.model.tower import Tower
 from megatron_vl.model.transformer_configs import Numerics, decoder_config, vision_config
 from megatron_vl.ops.library import choose_kernels
 from megatron_vl.ops.projector import use_projector
@@ -20,16 +21,17 @@ from megatron_vl.optim.build import build_optimizer
 from megatron_vl.parallel.data_parallel import ChunkDataParallel
 from megatron_vl.parallel.runtime import Runtime, parameter_dtype
 from megatron_vl.plan.fp8 import transformer_config_fields
-from megatron_vl.plan.overlap import bucket_elements, overlap_of
-from megatron_vl.plan.stages import Stage, plan_stages
+from megatron_vl.plan.overlap import NONE, bucket_elements, overlap_of
+from megatron_vl.plan.stages import Stage, plan_stages, tower_of_rank
 
 
 @dataclass
 class Parts:
     """The live parts of a run on one rank.
 
-    chunks: DDP-wrapped, one per virtual stage. stages: the description of each. optimizer: None for evaluation.
-    fused_kernels: whether those of csrc/ are used, in words.
+    chunks: everything that has weights, DDP-wrapped: one per virtual stage, and the tower last where it stands beside
+    them. stages: the description of each. optimizer: None for evaluation. fused_kernels: whether those of csrc/ are
+    used, in words.
     """
 
     config: RunConfig
@@ -41,6 +43,16 @@ class Parts:
     dtype: torch.dtype
     optimizer: MegatronOptimizer | None
     fused_kernels: str
+
+    @property
+    def tower(self) -> torch.nn.Module | None:
+        """The chunk that is the tower, in placement ``all``."""
+        return self.chunks[-1] if isinstance(self.chunks[-1].module, Tower) else None
+
+    @property
+    def pipeline(self) -> list[torch.nn.Module]:
+        """The chunks that are stages of the pipeline."""
+        return self.chunks if self.tower is None else self.chunks[:-1]
 
 
 def build(
@@ -65,8 +77,9 @@ def build(
     use_projector(parallel.projector_kernel)
     dtype = parameter_dtype(config.precision.params, runtime.device)
     numerics = Numerics(dtype, on_cpu=runtime.device.type == "cpu")
+    layout, beside = runtime.layout, runtime.layout.tower_beside and not value_head
     stages = plan_stages(
-        model.text.num_layers, runtime.layout.pp, runtime.layout.vpp, parallel.pipeline_decoder_layers
+        model.text.num_layers, layout.pp, layout.vpp, parallel.pipeline_decoder_layers, layout.tower_beside
     )
     engine = backend.name == "transformer_engine"  # its layers read their config, the torch ones the backend
     fp8 = [transformer_config_fields(config.precision, vision) if engine else {} for vision in (False, True)]
@@ -81,15 +94,27 @@ def build(
         Step3VL(model, decoder, vision, stage, backend, runtime.groups, number, *options, value_head)
         for number, stage in zip(numbers, mine)
     ]
+    if beside:
+        mine = [*mine, tower_of_rank(runtime.coords.pp)]
+        bare.append(Tower(model, vision, backend, runtime.groups))
     for chunk in bare:
         chunk.to(runtime.device)
-    tp = (runtime.layout.tp, runtime.coords.tp)
+    tp = (layout.tp, runtime.coords.tp)
     load_weights(bare, mine, model, source, tp, tp if parallel.vision_placement == "tensor" else (1, 0))
-    chunks = [_wrap(chunk, decoder, runtime, config, first=i == 0) for i, chunk in enumerate(bare)]
+    distributed = parallel.use_distributed_optimizer
+    pipeline = bare[:-1] if beside else bare
+    chunks = [_wrap(chunk, decoder, runtime, config, first=i == 0) for i, chunk in enumerate(pipeline)]
+    tower, copies = None, runtime.groups.of_copies() if beside else None
+    if beside:  # its gradients come at once, behind the pipeline: there is nothing to send beside
+        tower = ChunkDataParallel(vision, bare[-1], NONE, None, distributed, one_bucket=True, groups=copies)
+        if not distributed and (runtime.coords.pp or runtime.coords.tp):
+            for parameter in tower.parameters():
+                parameter.shared = True  # in the norm of gradients another rank of the replica counts it
     optimizer = None
     if with_optimizer:
-        optimizer = build_optimizer(config.optim, chunks, dtype, parallel.use_distributed_optimizer)
-    return Parts(config, runtime, backend, decoder, mine, chunks, dtype, optimizer, fused_kernels)
+        optimizer = build_optimizer(config.optim, chunks, dtype, distributed, tower, copies)
+    everything = [*chunks, tower] if beside else chunks
+    return Parts(config, runtime, backend, decoder, mine, everything, dtype, optimizer, fused_kernels)
 
 
 def _wrap(

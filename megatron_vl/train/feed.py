@@ -19,10 +19,10 @@ from megatron_vl.parallel.runtime import Runtime
 
 
 def place_of(runtime: Runtime) -> Place:
-    """Which part of the data this rank takes; ranks behind the first stage decode no image."""
+    """Which part of the data this rank takes; ranks that encode no view decode no image."""
     layout, coords = runtime.layout, runtime.coords
-    vision_rank = layout.vision_rank(coords) if runtime.is_first_stage else None
-    return Place(coords.dp, layout.dp, vision_rank, layout.vision_size)
+    vision_rank = layout.vision_rank(coords) if layout.encodes(coords) else None
+    return Place(coords.dp, layout.dp, vision_rank, layout.vision_size, layout.tower_beside)
 
 
 class Feed:

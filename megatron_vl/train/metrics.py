@@ -20,8 +20,9 @@ from megatron_vl.data.batch import MicroBatch
 from megatron_vl.parallel.runtime import Runtime
 from megatron_vl.plan.budget import tokens_per_step
 from megatron_vl.plan.cost import peak_flops, sample_flops, tower_and_decoder, train_flops, view_costs
+from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.row_work import WorkRates
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step
 from megatron_vl.train.step import StepResult
 
 
@@ -34,8 +35,8 @@ class StepMetrics:
     tokens_per_second_per_gpu counts real tokens. model_tflops: model FLOPs (tower included, no recomputation) per
     second and rank. mfu: of the device's dense peak, on CPU of the GEMM rate measured at start. rows_filled: share of
     the row tokens that are real. vision_balance: FLOPs of the tower that the slowest replica waits for, micro-batch by
-    micro-batch those of its busiest rank, over the mean of all ranks with the tower. work_balance: all FLOPs of the
-    data-parallel rank that has most, over their mean.
+    micro-batch (placement all: once a step) those of its busiest rank, over the mean of all ranks with the tower.
+    work_balance: all FLOPs of the data-parallel rank that has most, over their mean.
     """
 
     step: int
@@ -86,7 +87,7 @@ class Meter:
         sums = torch.tensor([tower, decoder, *counts], dtype=torch.float64, device=self.runtime.device)
         dist.all_reduce(sums, group=self.runtime.groups.dp)
         views = counts[1] + counts[2]
-        busiest = busiest_tower_flops(self.config, self.runtime.layout.vision_size, batches)
+        busiest = busiest_tower_flops(self.config, self.runtime.layout, batches)
         worst = torch.tensor(
             [waited, memory_in_use(self.runtime.device), seconds, views, -views, busiest, tower + decoder],
             dtype=torch.float64, device=self.runtime.device,
@@ -122,17 +123,21 @@ def step_flops(config: RunConfig, batches: Sequence[MicroBatch]) -> tuple[float,
     return totals[0], totals[1]
 
 
-def busiest_tower_flops(config: RunConfig, vision_size: int, batches: Sequence[MicroBatch]) -> float:
+def busiest_tower_flops(config: RunConfig, layout: Layout, batches: Sequence[MicroBatch]) -> float:
     """Model FLOPs of the tower on the rank that has most of each micro-batch, added up over the micro-batches.
 
-    The exchange of features makes the ranks of a replica wait for each other in every micro-batch.
+    The exchange of features makes the ranks of a replica wait for each other in every micro-batch; in placement `all`
+    once a step, so that there it is the rank that has most of the step.
     """
-    rates, costs = WorkRates.of(config.model), view_costs(config.model)
-    total = 0
-    for batch in batches:
-        shares = [[batch.view_kinds[v] for v in s] for s in share_views(batch.view_kinds, vision_size, costs)]
-        total += max(rates.vision(kinds.count(GLOBAL), kinds.count(CROP)) for kinds in shares)
-    return float(total)
+    rates, kinds = WorkRates.of(config.model), [batch.view_kinds for batch in batches]
+    shares = share_step(kinds, layout.vision_size, view_costs(config.model), layout.tower_beside)
+    work = []
+    for of_batch, of_ranks in zip(kinds, shares):
+        mine = [[of_batch[view] for view in share] for share in of_ranks]
+        work.append([rates.vision(found.count(GLOBAL), found.count(CROP)) for found in mine])
+    if layout.tower_beside:
+        return float(max(map(sum, zip(*work))))
+    return float(sum(map(max, work)))
 
 
 def memory_in_use(device: torch.device) -> int:

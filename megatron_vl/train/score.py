@@ -17,7 +17,8 @@ from megatron_vl.ops.cross_entropy import Scoring, TokenScores
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
 from megatron_vl.train.feed import Feed
-from megatron_vl.train.step import run_schedule, stage_inputs
+from megatron_vl.train.step import no_tick, run_schedule, stage_inputs
+from megatron_vl.train.views import feed_pipeline
 
 
 def score(parts: Parts, feed: Feed) -> dict[str, bool]:
@@ -40,7 +41,8 @@ def score(parts: Parts, feed: Feed) -> dict[str, bool]:
 def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
     """One step's samples; empty on all but the last stage's first rank of each replica."""
     groups = parts.runtime.groups
-    wrong = run_schedule(parts, partial(_forward, parts), batches, forward_only=True)
+    fed, _ = feed_pipeline(parts, batches, train=False, tick=no_tick)
+    wrong = run_schedule(parts, partial(_forward, parts), fed, forward_only=True)
     if not parts.runtime.is_last_stage:
         return {}
     counts = torch.stack(wrong)
@@ -55,7 +57,8 @@ def _score_step(parts: Parts, batches: Sequence[MicroBatch]) -> dict[str, bool]:
 
 
 def _forward(parts: Parts, batches, model: torch.nn.Module):
-    inputs = stage_inputs(next(batches), parts.runtime.device)
+    fed = next(batches)
+    inputs = stage_inputs(fed.batch, parts.runtime.device, fed.own)
     assert inputs.bounds is None, "scoring takes dense rows: one sample each"
     labels = take_local(inputs.labels, None, parts.runtime.groups.cp)
 

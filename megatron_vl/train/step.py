@@ -20,10 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vl.data.batch import MicroBatch
 from megatron_vl.model.fp8_linear import end_step
-from megatron_vl.model.step3_vl import StageInputs
+from megatron_vl.model.step3_vl import OwnFeatures, StageInputs
 from megatron_vl.optim.build import set_learning_rate
 from megatron_vl.parallel.context_parallel import take_local
 from megatron_vl.train.build import Parts
+from megatron_vl.train.views import Fed, StepViews, feed_pipeline
 
 SUM_AT_ONCE = 64 << 20  # elements of one all-reduce: bounds the copy that it works on to 256 MiB
 
@@ -48,8 +49,8 @@ class StepResult:
     skipped: bool = False
 
 
-def stage_inputs(batch: MicroBatch, device: torch.device) -> StageInputs:
-    """Move a micro-batch to the device."""
+def stage_inputs(batch: MicroBatch, device: torch.device, own: OwnFeatures | None = None) -> StageInputs:
+    """Move a micro-batch to the device. own: see `StageInputs`."""
     return StageInputs(
         input_ids=batch.input_ids.to(device, non_blocking=True),
         labels=batch.labels.to(device, non_blocking=True),
@@ -59,6 +60,7 @@ def stage_inputs(batch: MicroBatch, device: torch.device) -> StageInputs:
         crop_pixels=batch.crop_pixels.to(device, non_blocking=True),
         global_pixels=batch.global_pixels.to(device, non_blocking=True),
         sample_ids=batch.sample_ids,
+        own=own,
     )
 
 
@@ -77,26 +79,30 @@ def token_losses(
     return kept.sum(), count.to(torch.int), torch.stack([kept.detach().double().sum(), count.double()])
 
 
-def forward_step(
-    parts: Parts, tick: Callable[[], None], batches: Iterator[MicroBatch], model: torch.nn.Module
-):
+def forward_step(parts: Parts, tick: Callable[[], None], batches: Iterator[Fed], model: torch.nn.Module):
     """Megatron-Core's forward step: one micro-batch through one chunk, and what to do with its output."""
     tick()
-    inputs = stage_inputs(next(batches), parts.runtime.device)
+    fed = next(batches)
+    inputs = stage_inputs(fed.batch, parts.runtime.device, fed.own)
     labels = take_local(inputs.labels, inputs.bounds, parts.runtime.groups.cp)
     return model(inputs), partial(token_losses, labels=labels)
 
 
 def finish_gradients(
-    parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, **_: object
-):
-    """Megatron-Core's reductions, then the sum that it does not know of.
+    parts: Parts, chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None
+) -> None:
+    """Megatron-Core's reductions, then the sums that it does not know of.
 
     In placement ``data`` each TP rank has encoded its own views with its own copy of the tower, so the copies'
     gradients are parts of one sum over TP (design/megatron_core.md 5.1). It is linear, so it may follow the
-    division by the token count.
+    division by the token count. In placement ``all`` the tower's are summed over all ranks. chunks: of the pipeline.
     """
     finalize_model_grads(list(chunks), num_tokens, pg_collection=parts.runtime.groups.megatron)
+    if parts.tower is not None:
+        parts.tower.finish_grad_sync()
+        if num_tokens is not None and num_tokens > 0:  # by now of the whole batch
+            parts.tower.scale_gradients(1.0 / num_tokens)
+        return
     tp = parts.runtime.groups.tp
     if parts.config.parallel.vision_placement != "data" or tp.size() == 1:
         return
@@ -137,15 +143,32 @@ def forward_backward(
     every rank: mean loss over all scored tokens.
     """
     step = partial(forward_step, parts, tick)
-    run = run_schedule if forward_only else accumulate_gradients
-    return global_loss(parts, run(parts, step, batches))
+    fed, views = feed_pipeline(parts, batches, not forward_only, tick)
+    if forward_only:
+        return global_loss(parts, run_schedule(parts, step, fed))
+    return global_loss(parts, accumulate_gradients(parts, step, fed, views, tick))
 
 
-def accumulate_gradients(parts: Parts, step: Callable, batches: Sequence[Rows]) -> list[torch.Tensor]:
-    """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once."""
+def accumulate_gradients(
+    parts: Parts,
+    step: Callable,
+    batches: Sequence[Rows],
+    views: StepViews | None = None,
+    tick: Callable[[], None] = no_tick,
+) -> list[torch.Tensor]:
+    """As ``run_schedule`` with backward passes: gradients are summed over micro-batches and ranks and divided once.
+
+    views: what was encoded before the pipeline; its backward pass follows that of the pipeline.
+    """
+
+    def finish(chunks: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, **_: object) -> None:
+        if views is not None:
+            views.backward(tick)
+        finish_gradients(parts, chunks, num_tokens)
+
     config = parts.decoder_config
-    config.finalize_model_grads_func = partial(finish_gradients, parts)
-    waits = [chunk.no_sync for chunk in parts.chunks]  # nothing is sent before the last micro-batch
+    config.finalize_model_grads_func = finish
+    waits = [chunk.no_sync for chunk in parts.pipeline]  # nothing is sent before the last micro-batch
     config.no_sync_func = waits if len(waits) > 1 else waits[0]
     try:
         return run_schedule(parts, step, batches, forward_only=False)
@@ -164,7 +187,7 @@ def run_schedule(
     assert all(b.input_ids.shape == batches[0].input_ids.shape for b in batches), (
         "one row length, or stages hang"
     )
-    chunks = parts.chunks
+    chunks = parts.pipeline
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),

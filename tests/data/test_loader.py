@@ -15,7 +15,7 @@ from megatron_vl.data.order import SampleOrder
 from megatron_vl.data.rows import RowBuilder
 from megatron_vl.errors import DataError
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.vision_share import CROP, GLOBAL, share_step, share_views
 from tests.data.tiny import MODEL, chat, make_data, write_jsonl
 
 IMAGES = [[], ["small.png"], ["wide.png"], ["small.png", "wide.png"], ["wide.png"], []]
@@ -47,6 +47,34 @@ def test_same_samples_per_step_for_any_data_parallel_size(data):
     assert sorted(id for step in range(3) for id in steps[1, 1, step]) == sorted(
         [f"s{n}" for n in range(6)] * 2
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shares_of_a_whole_step_make_up_the_whole(data, workers):
+    """Placement all: the views of the 3 micro-batches of a step together, over more ranks than a row has views."""
+    data = replace(data, seq_length=64, num_workers=workers)
+    whole = train_loader(replace(data, num_workers=0), MODEL, Place(), 2, 6)
+    steps = [whole.next_step() for _ in range(2)]
+    for size in (2, 5) if workers == 0 else (5,):
+        loaders = [
+            train_loader(data, MODEL, Place(vision_rank=rank, vision_size=size, whole_steps=True), 2, 6)
+            for rank in range(size)
+        ]
+        for step in steps:
+            shares = share_step([b.view_kinds for b in step], size, view_costs(MODEL), together=True)
+            parts = [loader.next_step() for loader in loaders]
+            for number, (batch, of_ranks) in enumerate(zip(step, shares, strict=True)):
+                mine = [part[number] for part in parts]
+                assert {one.fingerprint() for one in mine} == {batch.fingerprint()}
+                found = [(len(one.crop_pixels), len(one.global_pixels)) for one in mine]
+                kinds = [[batch.view_kinds[view] for view in share] for share in of_ranks]
+                assert found == [(one.count(CROP), one.count(GLOBAL)) for one in kinds]
+                assert torch.equal(torch.cat([one.crop_pixels for one in mine]), batch.crop_pixels)
+                assert torch.equal(torch.cat([one.global_pixels for one in mine]), batch.global_pixels)
+        for loader in loaders:
+            loader.seek(1)
+            assert ids_of(loader.next_step()) == ids_of(steps[1])
+            loader.close()
 
 
 def test_shares_of_views_make_up_the_whole(data):

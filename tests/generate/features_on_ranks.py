@@ -22,7 +22,7 @@ def ensured_on_rank(config: RunConfig, samples: list, folder: str, change: float
     """
     parts = model_parts(config)
     runs = [0]
-    tower = parts.chunks[0].module.vision_model
+    tower = (parts.tower or parts.chunks[0]).module.vision_model
     if tower is not None:
         tower.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
         with torch.no_grad():

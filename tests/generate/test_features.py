@@ -55,6 +55,7 @@ def test_each_image_is_computed_once(single):
     [
         ("dp2", "data"),
         ("tp2cp2", "tensor"),
+        ("pp2", "all"),
         pytest.param("tp2pp2", "data", marks=pytest.mark.slow),
         pytest.param("cp2", "data", marks=pytest.mark.slow),
     ],

@@ -24,6 +24,7 @@ def version(world, layout: str, placement: str = "data", change: float = 1e-6) -
     [
         ("tp2pp2sp", "tensor"),
         ("dp2tp4", "data"),
+        ("pp2", "all"),
         pytest.param("tp2", "data", marks=pytest.mark.slow),
         pytest.param("dp2cp2", "data", marks=pytest.mark.slow),
         pytest.param("pp2vpp2", "data", marks=pytest.mark.slow),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -54,6 +55,26 @@ def steps_on_rank(config: RunConfig, batches: Batches, steps: int) -> list[tuple
     feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
     results = [train_step(parts, feed, 1e-3) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """(loss, gradient norm) of each step, and a digest of the bits of this rank's tower, "" where it has none."""
+
+    steps: list[tuple[float, float]]
+    tower: str
+
+
+def stepped_on_rank(config: RunConfig, batches: Batches, steps: int) -> Stepped:
+    """Some optimizer steps with clipping, and what they made of the tower."""
+    parts = build_parts(replace(config, optim=replace(config.optim, clip_grad=0.1)), with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    results = [train_step(parts, feed, 1e-3) for _ in range(steps)]
+    if parts.tower is None:
+        return Stepped([(result.loss, result.grad_norm) for result in results], "")
+    values = b"".join(p.detach().numpy().tobytes() for p in parts.tower.module.parameters())
+    digest = hashlib.sha256(values).hexdigest()
+    return Stepped([(result.loss, result.grad_norm) for result in results], digest)
 
 
 def run_of(

@@ -19,6 +19,10 @@ LAYOUTS = [
     for tp, cp in [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4), (3, 2)]
     for sp in ((False, True) if tp > 1 else (False,))
     for placement in (("data", "tensor") if tp > 1 else ("data",))
+] + [
+    Layout(tp=tp, cp=cp, pp=pp, sp=sp, placement="all")
+    for tp, cp, pp in [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 2), (3, 2, 3), (2, 2, 1)]
+    for sp in ((False, True) if tp > 1 else (False,))
 ]
 C, G = CROP, GLOBAL
 # documents of views, and where the images of a document begin: as a share of the document
@@ -46,7 +50,7 @@ def row_of(name: str, layout: Layout) -> tuple[list[int], np.ndarray, list[int]]
 
 def plans(kinds, slots, bounds, layout, tokens=TOKENS, costs=(2, 5)) -> list[ExchangePlan]:
     shares = share_views(kinds, layout.vision_size, costs)
-    ranks = range(layout.tp * layout.cp)
+    ranks = range(layout.vision_size if layout.tower_beside else layout.tp * layout.cp)
     return [plan_exchange(kinds, shares, tokens, slots, bounds, layout, rank) for rank in ranks]
 
 
@@ -55,6 +59,8 @@ def encoded(kinds, layout, costs=(2, 5)) -> list[list[int]]:
     first = np.cumsum([0, *(TOKENS[kind] for kind in kinds)])
     shares = share_views(kinds, layout.vision_size, costs)
     of_share = [[first[v] + i for v in views for i in range(TOKENS[kinds[v]])] for views in shares]
+    if layout.tower_beside:
+        return of_share
     ranks = range(layout.tp * layout.cp)
     return [of_share[rank if layout.placement == "data" else rank // layout.tp] for rank in ranks]
 
@@ -83,6 +89,9 @@ def test_every_owner_gets_its_rows_and_every_encoder_one_gradient_of_each(name, 
     )
     held = zigzag(bounds, layout.cp)
     for rank, (rows, plan) in enumerate(zip(got, planned)):
+        if rank >= layout.tp * layout.cp:  # behind the first stage: encodes, owns nothing
+            assert not len(rows) and not len(plan.slot_rows) and not sum(plan.give_counts)
+            continue
         cp, tp = divmod(rank, layout.tp)
         slice_ = held[cp]
         if layout.sp:

@@ -38,6 +38,17 @@ def no_tensor_parallel_sum() -> AbstractContextManager:
     return patch("megatron_vl.train.step.finish_gradients", finish)
 
 
+def no_sum_over_all_ranks() -> AbstractContextManager:
+    """Placement all: the gradients of the tower's copies are not added up."""
+    from megatron.core.distributed import finalize_model_grads
+
+    def finish(parts, chunks, num_tokens, **_):
+        finalize_model_grads(list(chunks), num_tokens, pg_collection=parts.runtime.groups.megatron)
+        parts.tower.scale_gradients(1.0 / num_tokens)
+
+    return patch("megatron_vl.train.step.finish_gradients", finish)
+
+
 def no_row_parallel_reduce() -> AbstractContextManager:
     """The partial sums of row-parallel products are not added up."""
     return patch(
@@ -164,7 +175,8 @@ def features_of_the_neighbour() -> AbstractContextManager:
 CODE = {
     f.__name__: f
     for f in (
-        no_tensor_parallel_sum, no_row_parallel_reduce, no_sequence_parallel_reduce, no_context_parallel_sum,
+        no_tensor_parallel_sum, no_sum_over_all_ranks, no_row_parallel_reduce, no_sequence_parallel_reduce,
+        no_context_parallel_sum,
         no_gradient_from_other_owners, gradient_from_every_copy, features_of_the_neighbour, no_ring_gradients,
         one_document, mean_of_tokens, mean_over_data_parallel, unshifted_labels,
     )

@@ -32,6 +32,8 @@ CAUGHT = (
     ("no_gradient_from_other_owners", "tp2sp", "tensor", "packed", "gradients only", "vision_model"),
     ("gradient_from_every_copy", "tp2", "data", "dense", "gradients only", "vision_model"),
     ("features_of_the_neighbour", "tp2sp", "data", "packed", "sample0.embeds", ""),
+    ("no_sum_over_all_ranks", "pp2", "all", "packed", "gradients only", "vision_model"),
+    ("features_of_the_neighbour", "pp2", "all", "dense", "sample0.embeds", ""),
     ("no_ring_gradients", "cp2", "data", "dense", "gradients only", ""),
     ("mean_of_tokens", "1", "data", "dense", "gradients only", ""),
     ("mean_over_data_parallel", "dp2", "data", "dense", "gradients only", ""),

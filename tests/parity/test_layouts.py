@@ -29,6 +29,11 @@ REPRESENTATIVE = (
     ("tp2pp2cp2sp", "data", "dense"),
     ("tp2pp2cp2sp", "tensor", "packed"),
     ("dp2cp2tp2sp", "data", "packed"),
+    ("1", "all", "packed"),
+    ("pp4", "all", "dense"),
+    ("pp2vpp2", "all", "packed"),
+    ("tp2pp2cp2sp", "all", "dense"),
+    ("dp2tp2pp2", "all", "packed"),
 )
 
 
@@ -131,12 +136,12 @@ def test_all_layouts_through_the_tool(repo_root, tmp_path):
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, env=environment(repo_root))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(out.read_text())
-    assert [row["status"] for row in rows] == ["ok"] * 64
+    assert [row["status"] for row in rows] == ["ok"] * 96
     assert {(row["layout"], row["placement"], row["format"]) for row in rows} == {
         (layout, placement, form)
         for layout in ALL
-        for placement in ("data", "tensor")
+        for placement in ("data", "tensor", "all")
         for form in ("dense", "packed")
     }
     assert max(row["worst_grad"] for row in rows) < 5e-5 and max(row["loss_rel"] for row in rows) < 2e-6
-    assert "64 ok, 0 failed, 0 refused" in done.stdout
+    assert "96 ok, 0 failed, 0 refused" in done.stdout

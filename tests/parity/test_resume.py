@@ -14,7 +14,13 @@ from tests.parity import resume_faults
 
 ROOT = Path(__file__).parents[2]
 
-QUICK = (("1", "tp2pp2cp2sp"), ("dp2tp2pp2/tensor", "dp2cp2tp2sp"), ("dp4/plain", "dp2tp2"))
+QUICK = (
+    ("1", "tp2pp2cp2sp"),
+    ("tp2pp2/all", "dp2"),
+    ("dp2tp2", "pp4/all"),
+    ("dp2tp2pp2/tensor", "dp2cp2tp2sp"),
+    ("dp4/plain", "dp2tp2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def test_every_pair_of_the_matrix(matrix, first, second):
 
 def test_the_matrix_changes_every_axis_both_ways():
     assert len(PAIRS) >= 14 and set(QUICK) <= set(PAIRS)
-    for part in ("tp", "pp", "vpp", "cp", "dp", "sp", "/tensor", "/plain"):
+    for part in ("tp", "pp", "vpp", "cp", "dp", "sp", "/tensor", "/all", "/plain"):
         sides = [(part in first, part in second) for first, second in PAIRS]
         assert (True, False) in sides and (False, True) in sides, part
     assert end("dp2cp2tp2sp/tensor").ranks == 8

@@ -14,7 +14,8 @@ from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parity.reference import Batches, micro_batches
 from megatron_vl.plan.layout import Coords
 from megatron_vl.train.build import Parts
-from megatron_vl.train.step import stage_inputs, train_step, update
+from megatron_vl.train.step import no_tick, stage_inputs, train_step, update
+from megatron_vl.train.views import StepViews
 from tests.model.on_ranks import build_parts
 
 
@@ -85,6 +86,30 @@ def kept_on_rank(config: RunConfig, batches: Batches) -> Kept:
     batch = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)[0]
     inputs = stage_inputs(batch, parts.runtime.device)
     return Kept(parts.runtime.coords, [kept_by_chunk(parts, chunk.module, inputs) for chunk in parts.chunks])
+
+
+def kept_of_step(config: RunConfig, batches: Batches) -> tuple[Coords, int]:
+    """Bytes that the views of a whole step keep while the pipeline runs, in placement `all`: what autograd has saved,
+    features that wait for their gradient, and on the first stage those of its positions, with their gradients."""
+    parts = build_parts(config)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    views = StepViews(parts, feed, parts.tower.module.trained)
+    own = {p.untyped_storage().data_ptr() for p in parts.tower.module.parameters()}
+    living: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor, "vision")
+        living.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        views.encode(no_tick)
+    tensors = [saved.tensor for saved in living] + [
+        wave.kept for wave in views.waves if wave.kept is not None
+    ]
+    kept = storages(t for t in tensors if t.untyped_storage().data_ptr() not in own)
+    leaves = storages(leaf for leaf in views.leaves if leaf is not None)
+    return parts.runtime.coords, kept + leaves * (1 + views.train)
 
 
 def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> dict[str, int]:

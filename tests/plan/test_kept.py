@@ -8,13 +8,13 @@ from megatron_vl.config.mixture import PackingConfig
 from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
 from megatron_vl.plan.fp8 import fp8_layers
-from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of
+from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of, step_views_kept
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import plan_stages
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 from tests.fixtures.small import make_documents
 from tests.model.on_ranks import run_of
-from tests.plan.on_ranks import kept_on_rank
+from tests.plan.on_ranks import kept_of_step, kept_on_rank
 
 MODEL = replace(
     STEP3_VL_TINY,
@@ -60,6 +60,26 @@ CASES = [
 @pytest.mark.parametrize(("name", "placement", "packed", "recompute", "dtype", "model"), CASES)
 def test_live_activations(world, name, placement, packed, recompute, dtype, model):
     compare(world, name, placement, packed, recompute, dtype, model, text=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "model"),
+    [
+        ("tp2pp2", NONE, MODEL),
+        ("pp2", FULL, MODEL),
+        ("pp4", NONE, FROZEN),
+        ("pp2", CHUNKS, MODEL),
+    ],
+)
+def test_views_of_a_step_encoded_before_the_pipeline(world, name, recompute, model):
+    """Two equal micro-batches: what every rank keeps of their views until the tower's backward pass."""
+    docs = make_documents(model, [([(2, 2), (0, 0)], 60)] * 2)
+    config, batches, layout = run_of(model, name, "all", docs, recompute=recompute)
+    kernels = kernels_of("torch", 4, on_cpu=True)
+    load = load_of(batches, 0)
+    for coords, measured in world.run(layout.world_size, kept_of_step, config, batches):
+        planned = step_views_kept(model, layout, kernels, load, recompute, 2, coords)
+        assert planned == pytest.approx(measured, rel=0.03, abs=8000), coords
 
 
 @pytest.mark.slow

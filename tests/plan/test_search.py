@@ -58,7 +58,7 @@ def test_nothing_faster_that_fits_is_left_out():
     fastest: dict[tuple, float] = {}
     for found in candidates(planner.question.config, 4, 4, planner.relief()):
         assert isinstance(found, Candidate)
-        for recompute in planner.settings():
+        for recompute in planner.settings(found.layout):
             verdict = planner.judge(replace(found, recompute=recompute))
             sizes = (found.layout.tp, found.layout.cp, found.layout.pp)
             if verdict.fits:
@@ -89,9 +89,9 @@ def test_what_is_refused_is_counted_by_key():
     assert "refused" in "\n".join(answer_lines(planner, planner.answer()))
 
 
-def test_uneven_first_stage_pays_where_images_are():
+def test_uneven_first_stage_pays_where_images_are_and_the_tower_on_all_stages_more():
     planner = Planner(question(8, 8192, 64, share=0.5))
-    even, relieved = [], []
+    even, relieved, everywhere = [], [], []
     for found in candidates(planner.question.config, 8, 8, planner.relief()):
         if (
             isinstance(found, Candidate)
@@ -99,7 +99,9 @@ def test_uneven_first_stage_pays_where_images_are():
             and found.layout.tp == 1
             and found.layout.vpp == 1
         ):
-            (even if found.layers is None else relieved).append(planner.time(found).total)
+            uneven = everywhere if found.layout.tower_beside else relieved if found.layers else even
+            uneven.append(planner.time(found).total)
+    assert 2 * min(everywhere) < min(relieved)
     assert min(relieved) < min(even)
 
 

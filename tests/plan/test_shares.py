@@ -7,7 +7,7 @@ from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.plan.cost import PARTS, TOWER_PARTS, parameters, sample_flops
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.shares import flops_by_rank, parameters_of_stage
-from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.stages import held_stages, plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -22,20 +22,20 @@ LAYOUTS = [
         (2, 2, 2, 1),
         (2, 4, 1, 1),
     ]
-    for placement in ("data", "tensor")
+    for placement in ("data", "tensor", "all")
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_flops_of_all_ranks_are_the_flops_of_the_sample(layout):
-    stages = plan_stages(4, layout.pp, layout.vpp)
+    stages = held_stages(4, layout)
     shares = flops_by_rank(STEP3_VL_TINY, layout, stages, KINDS, [40, 24], tokens=72)
     assert len(shares) == layout.tp * layout.cp * layout.pp
     whole = sample_flops(STEP3_VL_TINY, KINDS, [40, 24], tokens=72)
     for part in PARTS:
         assert sum(share[part] for share in shares.values()) == pytest.approx(whole[part], rel=1e-12)
     for coords, share in shares.items():
-        assert coords.pp == 0 or all(share[part] == 0 for part in TOWER_PARTS)
+        assert layout.encodes(coords) or all(share[part] == 0 for part in TOWER_PARTS)
         assert (share["lm_head"] > 0) == (coords.pp == layout.pp - 1)
 
 

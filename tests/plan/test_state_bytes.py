@@ -10,7 +10,7 @@ from megatron_vl.parity.layouts import parse_layout
 from megatron_vl.plan.cost import parameters
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.overlap import bucket_elements
-from megatron_vl.plan.stages import plan_stages
+from megatron_vl.plan.stages import held_stages, plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_rank, bytes_of_stage, owned
 from megatron_vl.plan.tensors import Weight, weights_of_chunk
 from tests.fixtures.small import SMALL
@@ -35,6 +35,8 @@ CASES = [
     ("dp2tp2pp2", "data", "bf16", True, ODD),
     ("dp2cp2tp2sp", "tensor", "bf16", True, ODD),
     ("tp4sp", "data", "fp32", False, ODD),
+    ("dp2tp2pp2", "all", "bf16", True, ODD),
+    ("pp2vpp2", "all", "fp32", False, FROZEN),
 ]
 CUT_CASES = [
     ("1", "data", "bf16", True, ODD),
@@ -57,7 +59,7 @@ def test_live_bytes(world, name, placement, dtype, distributed, model, keys):
         precision=PrecisionConfig(params=dtype),
     )
     layout = Layout.from_config(config.parallel, named.world_size)
-    stages = plan_stages(model.text.num_layers, layout.pp, layout.vpp)
+    stages = held_stages(model.text.num_layers, layout)
     size = {"bf16": 2, "fp32": 4}[dtype]
     bucket = bucket_elements(config.parallel, layout.dp * layout.cp, on_cpu=True)
     for held in world.run(named.world_size, held_on_rank, config):

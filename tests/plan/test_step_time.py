@@ -43,6 +43,22 @@ def test_ranks_share_the_work_where_nothing_else_costs(layout):
     assert found.head.total == pytest.approx(alone.head.total / shares, rel=1e-4)
 
 
+def test_a_tower_on_every_stage_takes_its_share_before_the_pipeline():
+    """Four equal stages and 8 micro-batches of 7 views: the tower's time by hand, and that of `data` on one stage."""
+    load, layout = Load(1, 4096, 6, 1), Layout(pp=4, placement="all")
+    found = rates(MODEL, layout, IDEAL, KERNELS, load, NONE, 8)
+    alone = rates(MODEL, Layout(), IDEAL, KERNELS, load, NONE)
+    assert found.tower_mean == pytest.approx(alone.tower.total / 4)
+    assert found.tower_mean <= found.tower.total < 1.1 * found.tower_mean
+    time = step_seconds(layout, IDEAL, found, [9] * 4, 8, 0.0).total
+    pipeline, _ = pipeline_seconds(
+        [*[9 * found.layer.total] * 3, 9 * found.layer.total + found.head.total], 4, 8, 0
+    )
+    assert time == pytest.approx(pipeline + 8 * found.tower.total)
+    data = rates(MODEL, Layout(pp=4), IDEAL, KERNELS, load, NONE)
+    assert step_seconds(Layout(pp=4), IDEAL, data, [9] * 4, 8, 0.0).total > 1.6 * time
+
+
 def test_the_pipeline_by_hand():
     total, waiting = pipeline_seconds([2.0] * 4, 4, 8, 0.0)
     assert (total, waiting) == (pytest.approx(2 * (8 + 3)), pytest.approx(2 * 3))

@@ -54,8 +54,10 @@ def features_of(prompt: Prompt) -> torch.Tensor:
 def run_of(
     layout: str, packed: bool = True, ppo: PpoConfig | None = None, rows: int = 1, **rl: Any
 ) -> tuple[RunConfig, Layout]:
-    """Description and layout of a run. rows: of a dense micro-batch. rl: further sections of `RlConfig`."""
-    named = parse_layout(layout, "data", "cpu")
+    """Description and layout of a run, ``pp2/all`` with another placement than ``data``. rows: of a dense micro-batch.
+    rl: further sections of `RlConfig`."""
+    name, _, placement = layout.partition("/")
+    named = parse_layout(name, placement or "data", "cpu")
     packing = PackingConfig(enabled=packed, pad_multiple=8)
     config = RunConfig(
         model=FROZEN,

@@ -12,8 +12,20 @@ from tests.rl.on_ranks import ACTOR, CRITIC, gradients_on_rank, plain_on_rank, s
 
 TRAJECTORIES = make_trajectories()
 PPO = PpoConfig(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0, tis_clip=2.0, value_clip=0.3)
-LAYOUTS = ("1", "tp2", "tp2sp", "cp2", "pp2", "dp2", "tp2pp2cp2sp", "dp2cp2tp2sp", "dp2tp2pp2", "pp2vpp2")
-ALWAYS = ("dp2", "tp2pp2cp2sp")  # the others take minutes together
+LAYOUTS = (
+    "1",
+    "tp2",
+    "tp2sp",
+    "cp2",
+    "pp2",
+    "dp2",
+    "tp2pp2cp2sp",
+    "dp2cp2tp2sp",
+    "dp2tp2pp2",
+    "pp2vpp2",
+    "tp2pp2/all",
+)
+ALWAYS = ("dp2", "tp2pp2cp2sp", "tp2pp2/all")  # the others take minutes together
 
 
 def some_slow(cases, quick):

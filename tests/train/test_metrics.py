@@ -104,13 +104,14 @@ def on_one_rank(world, data, tmp_path_factory) -> tuple[dict[int, float], list[l
         ("dp2", []),
         ("cp2", []),
         ("tp2pp2", ["parallel.sequence_parallel=true"]),
+        ("tp2pp2", ["parallel.vision_placement=all"]),
         pytest.param(
             "tp2pp2",
             ["parallel.vision_placement=tensor", "train.micro_batch_size=1"],
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["dp2", "cp2", "tp2sppp2", "tp2pp2-tensor-micro1"],
+    ids=["dp2", "cp2", "tp2sppp2", "tp2pp2-all", "tp2pp2-tensor-micro1"],
 )
 def test_the_layout_changes_neither_losses_nor_samples(world, data, tmp_path, on_one_rank, layout, keys):
     """From fresh weights, through the loader and the whole loop."""

@@ -45,6 +45,7 @@ def differences(one: Path, two: Path) -> list[str]:
         ("dp2tp2", "tp2pp2", "bf16", ["parallel.vision_placement=tensor"]),
         ("cp2", "dp2tp2", "bf16", ["parallel.use_distributed_optimizer=false"]),
         ("dp2tp2", "1", "fp32", ["parallel.sequence_parallel=true"]),
+        ("tp2pp2", "dp2", "bf16", ["parallel.vision_placement=all"]),
     ],
 )
 def test_loading_and_saving_in_another_layout_changes_no_bit(

@@ -38,7 +38,7 @@ def answers(world, config) -> dict[str, list[int]]:
         ("tp2pp2", ["parallel.sequence_parallel=true"]),
         ("cp2", []),
         ("dp2tp2", ["train.micro_batch_size=1"]),
-        ("tp2pp2", ["parallel.virtual_pipeline_model_parallel_size=2"]),
+        ("tp2pp2", ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.vision_placement=all"]),
     ],
     ids=["1", "tp2sppp2", "cp2", "dp2tp2", "tp2pp2vpp2"],
 )

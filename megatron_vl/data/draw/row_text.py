@@ -38,7 +38,11 @@ def number_lines(row: DrawnRow) -> list[str]:
             for rank, mine in enumerate(views)
         ]
         lines += _wrapped("vision ranks (global views + crops)  ", shown)
-        rule = "CP rank x TP + TP rank" if row.layout.placement == "data" else "CP rank, sharded over TP"
+        rule = {
+            "data": "CP rank x TP + TP rank",
+            "tensor": "CP rank, sharded over TP",
+            "all": "(PP rank x CP + CP rank) x TP + TP rank, as if the step had no other micro-batch",
+        }[row.layout.placement]
         lines.append(
             f"vision work of the micro-batch, largest over mean: {_uneven(row.vision)} (vision rank = {rule})"
         )

@@ -62,6 +62,10 @@ class TowerLayer(TransformerLayer):
         branch, bias = self.mlp.linear_fc2(bias_quick_gelu(inner, inner_bias))
         return self.mlp_bda(branch, bias, hidden), None
 
+    def read_without_call(self) -> list[torch.nn.Parameter]:
+        """Weights that `forward` reads without a call of their modules: layer scale and norm are one operation."""
+        return [*self.self_attn_bda.parameters(), *self.pre_mlp_layernorm.parameters()]
+
     def _attend(self, normed: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of the attention's last linear layer, and its bias, which is not added yet."""
         attention = self.self_attention
@@ -72,7 +76,9 @@ class TowerLayer(TransformerLayer):
         return attention.linear_proj(out)
 
 
-def tower_spec(num_layers: int, backend: Backend, width: int, dtype: torch.dtype) -> TransformerBlockSubmodules:
+def tower_spec(
+    num_layers: int, backend: Backend, width: int, dtype: torch.dtype
+) -> TransformerBlockSubmodules:
     """The blocks of a tower of this width, and a norm that it has no use for."""
     scale = ModuleSpec(LayerScaleResidual, params={"hidden_size": width, "dtype": dtype})
     fp8 = backend.fp8 is not None and backend.fp8.vision

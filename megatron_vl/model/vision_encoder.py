@@ -7,6 +7,8 @@ convolutions: downsampler.py), so that placement ``tensor`` shards every one of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -59,6 +61,12 @@ class VisionEncoder(MegatronModule):
         )
         self.vit_downsampler1 = FirstDownsampler(width, 2 * width, config, tp)
         self.vit_downsampler2 = SecondDownsampler(2 * width, 4 * width, config, tp)
+
+    def read_without_call(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Parameter]]:
+        """(module, weight of a module below it that its forward pass reads without calling that module)."""
+        yield self, self.conv1.weight
+        for layer in self.transformer.layers:
+            yield from ((layer, weight) for weight in layer.read_without_call())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[n, 3, side, side] -> [tokens, n, 4 * width]``; side is that of the global view or of a crop.

@@ -13,7 +13,7 @@ every rank sends and gathers the same buckets in the same order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -27,7 +27,7 @@ class ChunkDataParallel(DistributedDataParallel):
     """A model chunk with fp32 gradients that are summed, never averaged, over DP x CP, or over what ``groups`` says.
 
     late: weights that may have no gradient in a micro-batch, or several. directly: (module, weight): the weight is
-    read behind the module's forward pass without a call of its own module.
+    read behind the module's forward pass without a call of its own module. within: such weights that are read in it.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class ChunkDataParallel(DistributedDataParallel):
         one_bucket: bool,
         late: Iterable[torch.nn.Parameter] = (),
         directly: tuple[torch.nn.Module, torch.nn.Parameter] | None = None,
+        within: Iterable[tuple[torch.nn.Module, torch.nn.Parameter]] = (),
         groups: ProcessGroupCollection | None = None,
     ) -> None:
         options = DistributedDataParallelConfig(
@@ -58,8 +59,14 @@ class ChunkDataParallel(DistributedDataParallel):
         ]
         self._has_weights()
         if overlap.param_gather and directly is not None and directly[1] in self.param_to_bucket_group:
-            group = self.param_to_bucket_group[directly[1]]
-            directly[0].register_forward_hook(lambda *_: group.finish_param_sync(True))
+            directly[0].register_forward_hook(self._waits_for(directly[1]))
+        for module, weight in within if overlap.param_gather else ():
+            if weight in self.param_to_bucket_group:  # frozen weights are in none
+                module.register_forward_pre_hook(self._waits_for(weight))
+
+    def _waits_for(self, weight: torch.nn.Parameter) -> Callable[..., None]:
+        group = self.param_to_bucket_group[weight]
+        return lambda *_: group.finish_param_sync(True)
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter):
         """Behind a weight's gradient: add it up in fp32, and say that it is there.

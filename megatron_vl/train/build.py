@@ -133,4 +133,5 @@ def _wrap(
         one_bucket=not first,
         late=chunk.vision_parameters(),
         directly=head,
+        within=() if chunk.vision_model is None else chunk.vision_model.read_without_call(),
     )

@@ -25,6 +25,11 @@ def first_tokens_only(docs):
     return kept
 
 
+def bound(name: str) -> float:
+    """Layer scales of the tower have gradients whose terms nearly cancel: fp32 leaves fewer digits of them."""
+    return 4e-6 if name.endswith(".gamma") else 1e-6
+
+
 def assert_equal_ranks(world, model, layout, docs, packed, chunk):
     config, batches, place = run_of(model, layout, "data", docs, packed=packed)
     plain = world.run(place.world_size, step_on_rank, config, batches, None)
@@ -34,7 +39,7 @@ def assert_equal_ranks(world, model, layout, docs, packed, chunk):
         assert ours.rows.keys() == theirs.rows.keys() and ours.gradients.keys() == theirs.gradients.keys()
         far = {name: relative(ours.rows[name], theirs.rows[name]) for name in ours.rows}
         far |= {name: relative(ours.gradients[name], theirs.gradients[name]) for name in ours.gradients}
-        assert {name: value for name, value in far.items() if not value < 1e-6} == {}
+        assert {name: value for name, value in far.items() if not value < bound(name)} == {}
     return fused
 
 

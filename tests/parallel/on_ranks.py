@@ -188,3 +188,16 @@ def attention_errors(
     (out * weight[index]).sum().backward()
     far = [(out - expected[index]).abs().max().item()]
     return far + [(a.grad - b.grad[index]).abs().max().item() for a, b in zip(mine, reference)]
+
+
+_kept: list[dist.ProcessGroup] = []
+
+
+def keep_a_group() -> None:
+    """A planted fault: a group outlives its job."""
+    _kept.append(dist.new_group())
+
+
+def forget_groups() -> None:
+    """Repairs it."""
+    _kept.clear()

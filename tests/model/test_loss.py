@@ -26,7 +26,7 @@ def first_tokens_only(docs):
 
 
 def bound(name: str) -> float:
-    """Layer scales of the tower have gradients whose terms nearly cancel: fp32 leaves fewer digits of them."""
+    """The gradient of a layer scale sums over all patches of a rank in fp32: 1.4e-6 apart was seen under TP2 SP."""
     return 4e-6 if name.endswith(".gamma") else 1e-6
 
 

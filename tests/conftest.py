@@ -20,6 +20,8 @@ import pytest  # noqa: E402
 
 from tests.fixtures.world import KeptWorld  # noqa: E402
 
+CRASHES = pytest.StashKey[list[str]]()
+
 
 def has_cuda() -> bool:
     """Whether a CUDA device can be used; torch is imported only when a test marked ``gpu`` was collected."""
@@ -36,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Ranks that native code ended: their jobs were done again, which nobody should overlook."""
+    for crash in config.stash.get(CRASHES, []):
+        terminalreporter.section("a rank was ended by native code; its job was done once more", red=True)
+        terminalreporter.line(crash)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The checkout the tests run from: tools/ and examples/ are not part of the installed package."""
@@ -43,8 +52,9 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[KeptWorld]:
+def world(pytestconfig: pytest.Config) -> Iterator[KeptWorld]:
     """Eight spawned gloo ranks that all tests share: started by the first job, again after a breakdown."""
     kept = KeptWorld()
+    pytestconfig.stash[CRASHES] = kept.crashes
     yield kept
     kept.close()

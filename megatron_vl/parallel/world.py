@@ -6,6 +6,7 @@ and give them many jobs. Each job gets process groups of its own over the first 
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing as mp
 import os
@@ -22,7 +23,14 @@ from megatron_vl.errors import MegatronVLError
 
 
 class RankFailed(MegatronVLError):
-    """A local rank raised, died or did not answer in time; the message names it."""
+    """A local rank raised, died or did not answer in time; the message names it.
+
+    signal: the signal that ended the rank, None where it was no signal.
+    """
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class _Job:
 
 def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connection) -> None:
     """One process of the world: take a job, join its group, answer, until the pipe closes."""
+    faulthandler.enable()  # where Python was when native code ends the process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["LOCAL_RANK"] = str(rank)
     if device == "cpu":
@@ -165,7 +174,7 @@ class LocalWorld:
         self.close()
         if dead or kind == "died":
             rank, code = next(iter(dead.items()), (rank, None))
-            raise RankFailed(f"rank {rank} died with exit code {code}")
+            raise RankFailed(f"rank {rank} died with exit code {code}", -code if code and code < 0 else None)
         raise RankFailed(f"rank {rank} failed: {value[0]}\n{value[1]}")
 
     @property

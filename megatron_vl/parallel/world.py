@@ -11,6 +11,7 @@ import gc
 import multiprocessing as mp
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
     choose_device(device, rank if device == "cuda" else 0)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
     _send(pipe, ("ready", None))
+    imported = 0
     while True:
         try:
             job: _Job = _receive(pipe)
@@ -75,6 +77,11 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
         except BaseException as error:  # the parent decides; nothing is swallowed
             answer = ("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         _send(pipe, answer)
+        del job, answer
+        if len(sys.modules) > imported:  # else each job's two collections go through all that was ever imported
+            imported = len(sys.modules)
+            gc.collect()
+            gc.freeze()
 
 
 def _leave() -> None:

@@ -78,7 +78,9 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
             answer = ("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         _send(pipe, answer)
         del job, answer
-        if len(sys.modules) > imported:  # else each job's two collections go through all that was ever imported
+        if (
+            len(sys.modules) > imported
+        ):  # else each job's two collections go through all that was ever imported
             imported = len(sys.modules)
             gc.collect()
             gc.freeze()

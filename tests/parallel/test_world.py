@@ -49,7 +49,7 @@ DAMAGED = RankFailed("rank 1 died with exit code -6", signal.SIGABRT)
     ],
 )
 def test_only_what_native_code_has_ended_is_done_again_and_told(answers, crashes, started):
-    world, kept = Mock(alive=False), KeptWorld()
+    world, kept = Mock(alive=False, _processes=[]), KeptWorld()
     world.run.side_effect = answers
     with patch("megatron_vl.parallel.world.LocalWorld", return_value=world):
         if answers[-1] == "done":

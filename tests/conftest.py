@@ -7,11 +7,17 @@ imported, and are inherited by the ranks.
 """
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # No test may reach out for tokenizers, models or data.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job: programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -66,10 +66,10 @@ def overlapped(loaded: LoadedRun, other_folder: str) -> Overlapped:
 
 def stalled(loaded: LoadedRun, rank: int) -> tuple[str, float]:
     """The error of a save that one rank does not get done, and how long it took."""
-    plain = saver.write
+    plain, given_up = saver.write, threading.Event()
 
     def slow(*args, **kwargs):
-        time.sleep(30)
+        given_up.wait(30)
         return plain(*args, **kwargs)
 
     with contextlib.redirect_stdout(io.StringIO()), prepared(loaded) as run:
@@ -79,7 +79,12 @@ def stalled(loaded: LoadedRun, rank: int) -> tuple[str, float]:
             try:
                 run.saver.finish()
             except MegatronVLError as error:
-                return f"{type(error).__name__}: {error}", time.monotonic() - begin
+                taken = time.monotonic() - begin
+                given_up.set()
+                for thread in threading.enumerate():  # it would keep the job's groups
+                    if thread.name.startswith("save"):
+                        thread.join(30)
+                return f"{type(error).__name__}: {error}", taken
     return "", 0.0
 
 

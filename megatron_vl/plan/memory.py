@@ -13,19 +13,18 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import (
-    Kernels,
     Load,
     heaviest,
     heaviest_share,
     kept_by_chunk,
-    kernels_of,
     layer_kept,
+    layer_moved,
     step_views_kept,
     tower_kept,
     view_shares,
 )
+from megatron_vl.plan.kernels import HOPPER, Kernels, kernels_of_run
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.overlap import bucket_elements
@@ -59,19 +58,19 @@ class Setting:
 
 
 def setting_of(
-    config: RunConfig, layout: Layout, load: Load, weight_bytes: int, on_cpu: bool, reserve: int = 0
+    config: RunConfig,
+    layout: Layout,
+    load: Load,
+    weight_bytes: int,
+    on_cpu: bool,
+    reserve: int = 0,
+    capability: tuple[int, int] | None = HOPPER,
 ) -> Setting:
-    """The setting of a run in a layout."""
+    """The setting of a run in a layout. capability: of a GPU."""
     parallel = config.parallel
     return Setting(
         model=config.model,
-        kernels=kernels_of(
-            parallel.layer_backend,
-            weight_bytes,
-            on_cpu,
-            parallel.cp_comm_type,
-            fp8_layers(config.precision, config.model.text.num_layers),
-        ),
+        kernels=kernels_of_run(config, weight_bytes, on_cpu, capability),
         recompute=config.recompute,
         load=load,
         num_microbatches=num_microbatches(config.train, layout.dp),
@@ -172,6 +171,12 @@ def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
     if most_layers and recompute.decoder == "full":
         one = layer_kept(text, layout, setting.kernels, load, False)
         found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1])
+    elif most_layers and recompute.offload:  # a layer's tensors on their way, beside those of the computation
+        quantised = any(setting.kernels.fp8.intersection(stage.layers) for stage in chunks)
+        selective, trained = recompute.decoder == "selective", not model.freeze_decoder
+        found.append(
+            found[-1] + layer_moved(text, layout, setting.kernels, load, selective, trained, quantised)[1]
+        )
     if any(stage.has_vision for stage in chunks):
         found.append(_passing_tower(setting, layout))
     if any(stage.has_head for stage in chunks):

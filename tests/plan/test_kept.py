@@ -8,7 +8,8 @@ from megatron_vl.config.mixture import PackingConfig
 from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
 from megatron_vl.plan.fp8 import fp8_layers
-from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of, step_views_kept
+from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, step_views_kept
+from megatron_vl.plan.kernels import kernels_of
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import plan_stages
 from megatron_vl.plan.vision_share import CROP, GLOBAL

@@ -9,7 +9,8 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.kept import Load, fullest_load, heaviest, kept_by_chunk, kernels_of, view_shares
+from megatron_vl.plan.kept import Load, fullest_load, heaviest, kept_by_chunk, view_shares
+from megatron_vl.plan.kernels import kernels_of
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.memory import PARTS, Setting, memory_of_stage, setting_of, workspace

@@ -8,7 +8,8 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.cost import sample_flops, train_flops
 from megatron_vl.plan.devices import DEVICES
-from megatron_vl.plan.kept import Load, kernels_of
+from megatron_vl.plan.kept import Load
+from megatron_vl.plan.kernels import kernels_of
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.step_time import link, pipeline_seconds, rates, step_parts, step_seconds
 

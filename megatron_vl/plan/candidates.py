@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.checks import check_layout
+from megatron_vl.plan.fp8 import check_fp8
+from megatron_vl.plan.kernel_checks import check_kernels
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.mixture_checks import check_packing
 from megatron_vl.plan.recompute_checks import check_recompute
@@ -120,7 +123,11 @@ def refusals(
         *check_layout(config.model, parallel, train, config.data, world_size),
         *check_recompute(config.model, parallel, recompute),
         *check_packing(config.data.packing, parallel, config.data.seq_length, train.micro_batch_size),
+        *check_attention(config.model.text, parallel, config.data.packing),
+        *check_kernels(config.model.vision, parallel),
     ]
+    if config.precision.fp8 != "none":
+        problems += check_fp8(replace(config, parallel=parallel, train=train))
     return [(problem.path, problem.rule) for problem in problems]
 
 

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.plan.cost import PEAK_FLOPS
+from megatron_vl.plan.fp8 import BLOCKWISE_CUDA, refusal
 from megatron_vl.plan.kernels import HOPPER
 
 GB, GIB = 10**9, 1 << 30
@@ -94,6 +96,23 @@ DEVICES: dict[str, Device] = {
         reserve=GIB // 2, capability=None,
     ),
 }  # fmt: skip
+
+
+def why_not(config: RunConfig, device: Device) -> str | None:
+    """Why a run cannot have on this device what it asks for by name; None = it can.
+
+    The rules are those with which it is built there; CUDA is taken to be new enough.
+    """
+    parallel = config.parallel
+    backend = {"auto": "transformer_engine"}.get(parallel.layer_backend, parallel.layer_backend)
+    if device.on_cpu:
+        backend = "torch"
+    reason = refusal(config.precision, backend, device.capability, BLOCKWISE_CUDA)
+    if reason is not None:
+        return f"{device.name}: {reason}"
+    if parallel.fused_kernels == "required" and not device.on_cpu and device.capability != HOPPER:
+        return f"{device.name}: parallel.fused_kernels = required: the kernels are for compute capability 9.0; use auto"
+    return None
 
 
 def device_of(name: str, calibration: str | None = None) -> Device:

@@ -14,7 +14,7 @@ from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.candidates import Candidate
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.command import split_items
-from megatron_vl.plan.devices import DEVICES, GIB, device_of
+from megatron_vl.plan.devices import DEVICES, GIB, device_of, why_not
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
 from megatron_vl.plan.plan_lines import answer_lines, question_lines, verdict_lines
@@ -117,6 +117,9 @@ def question(arguments: argparse.Namespace, config: RunConfig, world_size: int) 
         if arguments.memory <= 0:
             raise ConfigError(f"--memory {arguments.memory:g}: must be more than 0 GiB")
         device = replace(device, memory=round(arguments.memory * GIB))
+    reason = why_not(config, device)
+    if reason is not None:
+        raise ConfigError(reason)
     return Question(config, device, world_size, arguments.visual_share, arguments.document_tokens)
 
 

@@ -10,6 +10,7 @@ from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.candidates import Candidate, grouped
 from megatron_vl.plan.devices import GIB
 from megatron_vl.plan.memory import PARTS
+from megatron_vl.plan.overlap import overlap_of
 from megatron_vl.plan.search import IMAGE_CROPS, Answer, Planner, Question, Verdict
 
 UNFIT_LINES = 12
@@ -41,7 +42,24 @@ def question_lines(question: Question) -> list[str]:
         f"per row {images} images of {IMAGE_CROPS} crops and a global view: {visual:,} visual tokens "
         f"({visual / config.data.seq_length:.0%}); weights of {question.element} bytes; "
         f"products at {device.matmul_flops / 1e12:.3g}, attention at {device.attention_flops / 1e12:.3g} TFLOP/s",
+        _assumed(question),
     ]
+
+
+def _assumed(question: Question) -> str:
+    """What is taken to be used, where the configuration leaves it to the machine."""
+    config, kernels = question.config, question.kernels
+    backend = config.parallel.layer_backend
+    if backend == "auto":
+        backend = "torch" if kernels.joined_rows else "transformer_engine"
+    fused = f"used, projector {kernels.projector}" if kernels.fused else "not used"
+    overlap = overlap_of(config.parallel, 2, question.device.on_cpu)
+    hidden = [name for name, on in (("sums", overlap.grad_reduce), ("weights", overlap.param_gather)) if on]
+    fp8 = ""
+    if config.precision.fp8 != "none":
+        fp8 = f"; FP8 {config.precision.fp8} in {len(kernels.fp8)} of {config.model.text.num_layers} decoder layers"
+        fp8 += " and the tower" * kernels.fp8_vision
+    return f"taken: {backend} layers; fused kernels {fused}; overlapped: {' and '.join(hidden) or 'nothing'}{fp8}"
 
 
 def _row(planner: Planner, verdict: Verdict) -> tuple[str, ...]:

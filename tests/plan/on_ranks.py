@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.model import step3_vl
+from megatron_vl.model.offload import Offload
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parity.reference import Batches, micro_batches
 from megatron_vl.plan.layout import Coords
@@ -67,10 +70,14 @@ def storages(tensors: Iterable[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that the forward pass of one micro-batch keeps on a rank, by chunk and part."""
+    """Bytes that the forward pass of one micro-batch keeps on a rank, by chunk and part. moved: to host memory."""
 
     coords: Coords
     chunks: list[dict[str, int]]
+    moved: int = 0
+
+
+watching: list[Callable[[torch.Tensor], _Saved]] = []  # who counts what is saved just now
 
 
 class _Saved:
@@ -86,6 +93,26 @@ def kept_on_rank(config: RunConfig, batches: Batches) -> Kept:
     batch = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)[0]
     inputs = stage_inputs(batch, parts.runtime.device)
     return Kept(parts.runtime.coords, [kept_by_chunk(parts, chunk.module, inputs) for chunk in parts.chunks])
+
+
+def kept_with_offload(config: RunConfig, batches: Batches, smallest: int) -> Kept:
+    """The same with `recompute.offload`, which moves tensors from ``smallest`` bytes on; those do not count as kept."""
+    made: list[Watched] = []
+
+    class Watched(Offload):
+        """Tells of what it leaves alone."""
+
+        def _leave(self, x: torch.Tensor):
+            left = super()._leave(x)
+            return watching[-1](x) if isinstance(left, torch.Tensor) else left
+
+    def offload(parameters: Iterable[torch.nn.Parameter]) -> Watched:
+        made.append(Watched(parameters, smallest))
+        return made[-1]
+
+    with patch.object(step3_vl, "Offload", offload):
+        kept = kept_on_rank(config, batches)
+    return replace(kept, moved=sum(one.bytes for one in made))
 
 
 def kept_of_step(config: RunConfig, batches: Batches) -> tuple[Coords, int]:
@@ -142,6 +169,7 @@ def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> di
             lambda module, args: part.append("loss")
         )
     net.train()
+    watching.append(pack)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         out = net(inputs)
     found: dict[int, tuple[str, int]] = {}
@@ -150,6 +178,7 @@ def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> di
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = (saved.part, storage.nbytes())
     assert out.requires_grad
+    watching.pop()
     return {
         name: sum(size for other, size in found.values() if other == name)
         for name in ("vision", "decoder", "loss")

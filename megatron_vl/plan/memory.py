@@ -42,7 +42,8 @@ class Setting:
     """What memory depends on besides layout and stage.
 
     weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation. bucket:
-    as `overlap.bucket_elements` says.
+    as `overlap.bucket_elements` says. waiting: bytes of a decoder layer that are to leave the device and have not when
+    its forward pass ends (`step_time.Rates`).
     """
 
     model: ModelConfig
@@ -55,6 +56,7 @@ class Setting:
     loss_chunk: int | None = None
     reserve: int = 0
     bucket: int | None = None
+    waiting: float = 0.0
 
 
 def setting_of(
@@ -162,7 +164,7 @@ def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
     text, recompute = model.text, setting.recompute
     local = load.rows * load.tokens // layout.cp
     most_layers = max(len(stage.layers) for stage in chunks)
-    found = [0]
+    found, waiting = [0], round(setting.waiting * most_layers)
     if most_layers:
         inner = 2 * local * 2 * text.ffn_hidden_size // layout.tp * element
         if layout.cp > 1 and not setting.kernels.ring:
@@ -170,13 +172,12 @@ def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
         found.append(inner)
     if most_layers and recompute.decoder == "full":
         one = layer_kept(text, layout, setting.kernels, load, False)
-        found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1])
+        found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1] + waiting)
     elif most_layers and recompute.offload:  # a layer's tensors on their way, beside those of the computation
         quantised = any(setting.kernels.fp8.intersection(stage.layers) for stage in chunks)
         selective, trained = recompute.decoder == "selective", not model.freeze_decoder
-        found.append(
-            found[-1] + layer_moved(text, layout, setting.kernels, load, selective, trained, quantised)[1]
-        )
+        moved = layer_moved(text, layout, setting.kernels, load, selective, trained, quantised)[1]
+        found.append(found[-1] + max(moved, waiting))
     if any(stage.has_vision for stage in chunks):
         found.append(_passing_tower(setting, layout))
     if any(stage.has_head for stage in chunks):

@@ -242,6 +242,8 @@ class Planner:
         setting = setting_of(
             run, layout, load, question.element, device.on_cpu, device.reserve, device.capability
         )
+        if candidate.recompute.offload:
+            setting = replace(setting, waiting=self.rates(candidate).waiting)
         wanted = range(layout.pp) if every_stage else _can_be_fullest(stages)
         memory = {pp: memory_of_stage(setting, layout, stages[pp]) for pp in wanted}
         return Verdict(candidate, self.time(candidate), memory, question.device.memory)

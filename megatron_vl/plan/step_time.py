@@ -74,7 +74,8 @@ class Rates:
     layer: one decoder layer, the mean of those in FP8 and those that are not; forward: of its own seconds those of
     the forward pass. tower: the heaviest share of the views; tower_mean: the mean share; in placement `all` of
     a whole step, over the number of its micro-batches. head: loss included.
-    border: seconds of a hidden state between two stages, forward and back.
+    border: seconds of a hidden state between two stages, forward and back. waiting: bytes that a decoder layer
+    off-loads and that have not left when its forward pass ends.
     """
 
     layer: Piece
@@ -83,6 +84,7 @@ class Rates:
     tower_mean: float
     head: Piece
     border: float
+    waiting: float = 0.0
 
 
 def rates(
@@ -130,7 +132,11 @@ def rates(
     if layout.pp > 1:
         sent = hidden / (layout.tp if layout.sp else 1)
         border = 2 * (sent / to_next.rate + device.transfer_seconds)
-    return Rates(layer, forward, tower, mean, head, border)
+    waiting = 0.0
+    if recompute.offload and not device.on_cpu:
+        moved = moved_of_layer(model, layout, kernels, load, recompute, small > 0)
+        waiting = max(0.0, moved - forward * device.host_bytes)
+    return Rates(layer, forward, tower, mean, head, border, waiting)
 
 
 def _layer(
@@ -150,6 +156,7 @@ def _layer(
         casts = layer_casts(text, layout.tp, local, kernels.element, not model.freeze_decoder)
         forward, backward = forward + casts.forward, backward + casts.backward + again * casts.forward
     one_pass = products + sums + device.layer_seconds + forward / device.element_bytes
+    moved = moved_of_layer(model, layout, kernels, load, recompute, quantised)
     compute = products * passes + sums * multiplier["decoder_attention"] + passes * device.layer_seconds
     element = (forward + backward) / device.element_bytes
     found = Piece(
@@ -157,31 +164,30 @@ def _layer(
         element,
         _tensor_seconds(model, layout, device, kernels, load, recompute, quantised),
         _context_seconds(model, layout, device, kernels, load, recompute, attention / cut),
-        _host_seconds(
-            model, layout, device, kernels, load, recompute, one_pass, compute + element, quantised
-        ),
+        _host_seconds(moved, device, one_pass, compute + element),
     )
     return found, one_pass
 
 
-def _host_seconds(
-    model, layout, device, kernels, load, recompute, forward: float, both: float, quantised: bool
-) -> float:
-    """What off-loading a layer's activations takes beyond the computation beside it.
+def _host_seconds(moved: float, device: Device, forward: float, both: float) -> float:
+    """What off-loading so many bytes of a layer takes beyond the computation beside it.
 
     Copies out go beside the forward pass, and all of them before the first one back, which go beside the backward pass;
     on a CPU beside nothing.
     """
+    one_way, beside = moved / device.host_bytes, 0.0 if device.on_cpu else 1.0
+    return max(0.0, one_way - beside * forward) + max(0.0, one_way - beside * (both - forward))
+
+
+def moved_of_layer(model, layout, kernels, load, recompute, quantised: bool) -> float:
+    """Bytes that one decoder layer sends to host memory, one way."""
     if not recompute.offload:
         return 0.0
     if recompute.decoder == "full":
         moved = hidden_bytes(model.text, layout, kernels, load)
-        moved = moved / recompute.decoder_num_layers if moved >= SMALLEST_MOVED else 0
-    else:
-        selective, trained = recompute.decoder == "selective", not model.freeze_decoder
-        moved = layer_moved(model.text, layout, kernels, load, selective, trained, quantised)[1]
-    one_way, beside = moved / device.host_bytes, 0.0 if device.on_cpu else 1.0
-    return max(0.0, one_way - beside * forward) + max(0.0, one_way - beside * (both - forward))
+        return moved / recompute.decoder_num_layers if moved >= SMALLEST_MOVED else 0.0
+    selective, trained = recompute.decoder == "selective", not model.freeze_decoder
+    return layer_moved(model.text, layout, kernels, load, selective, trained, quantised)[1]
 
 
 def _tensor_seconds(model, layout, device, kernels, load, recompute, quantised: bool) -> float:

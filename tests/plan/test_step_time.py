@@ -186,7 +186,9 @@ def test_offloading_hides_as_far_as_computation_is_long_enough():
     found = rates(MODEL, layout, slow, KERNELS, load, offload)
     assert found.layer.host == pytest.approx(2 * moved / 1e9 - found.layer.own)
     assert found.layer.total - found.layer.host == pytest.approx(plain.total)
-    assert rates(MODEL, layout, replace(H100, host_bytes=1e15), KERNELS, load, offload).layer.host == 0
+    assert found.waiting == pytest.approx(moved - found.forward * 1e9)
+    quick = rates(MODEL, layout, replace(H100, host_bytes=1e15), KERNELS, load, offload)
+    assert quick.layer.host == quick.waiting == 0
     full = rates(MODEL, layout, slow, KERNELS, load, replace(offload, decoder="full")).layer
     hidden = 32768 // 4 * 4096 * 2
     backward = full.own - found.forward

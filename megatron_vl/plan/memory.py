@@ -97,10 +97,16 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     )
     chunks = [stage for stage in chunks if not stage.beside]
     coords = _fullest(setting, layout, chunks[0].pp_rank)
-    kept = [
-        kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)
-        for stage in chunks
-    ]
+    equal: dict[tuple, dict[str, int]] = {}  # interleaved, most chunks are
+    kept = []
+    for stage in chunks:
+        of_fp8 = len(setting.kernels.fp8.intersection(stage.layers))
+        kind = (len(stage.layers), of_fp8, stage.has_vision, stage.has_embedding, stage.has_head)
+        if kind not in equal:
+            equal[kind] = kept_by_chunk(
+                setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords
+            )
+        kept.append(equal[kind])
     flights = peaks_in_flight(layout.pp, layout.vpp, chunks[0].pp_rank, setting.num_microbatches)
     sums = [sum(part.values()) for part in kept]
     flight = max(flights, key=lambda counts: sum(n * one for n, one in zip(counts, sums)))

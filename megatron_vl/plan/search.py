@@ -134,6 +134,8 @@ class Planner:
         self.kernels = question.kernels
         self._closing: dict[tuple, Closing] = {}
         self._balanced: dict[int, list[int]] = {}
+        self._stages: dict[tuple, list[list[Stage]]] = {}
+        self._loads: dict[int, Load] = {}
         self._tower: RankBytes | None = None
         self._settings: dict[bool, list[RecomputeConfig]] = {}
 
@@ -157,11 +159,11 @@ class Planner:
 
     def time(self, candidate: Candidate) -> StepTime:
         """Predicted seconds of a step."""
-        closing = sum(self.closing(candidate).values())
+        found, counts = self.rates(candidate), self.counts(candidate)
+        closing = sum(self._closing_seconds(candidate, found, counts).values())
         return step_seconds(
-            candidate.layout, self.question.device, self.rates(candidate), self.counts(candidate),
-            candidate.num_microbatches, closing,
-        )  # fmt: skip
+            candidate.layout, self.question.device, found, counts, candidate.num_microbatches, closing
+        )
 
     def parts(self, candidate: Candidate) -> dict[str, float]:
         """What the seconds are made of."""
@@ -180,9 +182,14 @@ class Planner:
         if key not in self._rates:
             self._rates[key] = rates(
                 question.config.model, layout, question.device, self.kernels,
-                question.load(candidate.micro_batch), recompute, candidate.num_microbatches,
+                self._load(candidate.micro_batch), recompute, candidate.num_microbatches,
             )  # fmt: skip
         return self._rates[key]
+
+    def _load(self, rows: int) -> Load:
+        if rows not in self._loads:
+            self._loads[rows] = self.question.load(rows)
+        return self._loads[rows]
 
     def counts(self, candidate: Candidate) -> Sequence[int]:
         """Decoder layers of each chunk in pipeline order."""
@@ -195,10 +202,12 @@ class Planner:
 
     def closing(self, candidate: Candidate) -> dict[str, float]:
         """Seconds behind the last micro-batch that nothing hides, by part."""
-        layout, device, found = candidate.layout, self.question.device, self.rates(candidate)
-        counts = self.counts(candidate)[: layout.pp]
-        forward = [count * found.forward for count in counts]
-        backward = [count * (found.layer.own - found.forward) for count in counts]
+        return self._closing_seconds(candidate, self.rates(candidate), self.counts(candidate))
+
+    def _closing_seconds(self, candidate: Candidate, found: Rates, counts: Sequence[int]) -> dict[str, float]:
+        layout, device, back = candidate.layout, self.question.device, found.layer.own - found.forward
+        forward = [count * found.forward for count in counts[: layout.pp]]
+        backward = [count * back for count in counts[: layout.pp]]
         overlap = overlap_of(self.question.config.parallel, layout.dp * layout.cp, device.on_cpu)
         return closing_seconds(self._closing_of(candidate), overlap, device.on_cpu, forward, backward)
 
@@ -231,13 +240,16 @@ class Planner:
 
     def stages(self, candidate: Candidate) -> list[list[Stage]]:
         """What each pipeline rank of a layout holds."""
-        num_layers = self.question.config.model.text.num_layers
-        return held_stages(num_layers, candidate.layout, candidate.layers)
+        layout, num_layers = candidate.layout, self.question.config.model.text.num_layers
+        key = (layout.pp, layout.vpp, layout.tower_beside, candidate.layers)
+        if key not in self._stages:
+            self._stages[key] = held_stages(num_layers, layout, candidate.layers)
+        return self._stages[key]
 
     def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
         """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""
         question, layout, stages = self.question, candidate.layout, self.stages(candidate)
-        device, load = question.device, question.load(candidate.micro_batch)
+        device, load = question.device, self._load(candidate.micro_batch)
         run = candidate.run(question.config)
         setting = setting_of(
             run, layout, load, question.element, device.on_cpu, device.reserve, device.capability

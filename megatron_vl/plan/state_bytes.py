@@ -62,10 +62,14 @@ def bytes_of_stage(
     padding in them hold less (`bytes_of_rank`). bucket: as `overlap.bucket_elements` says.
     """
     weights = gradients = optimizer = 0
+    equal: dict[tuple, tuple[int, int]] = {}  # interleaved, most chunks are
     for stage in stage_chunks:
         cut = bucket if is_cut(stage) else None
         shards = pieces_of(layout, stage) if distributed_optimizer else 1
-        frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
+        kind = (len(stage.layers), stage.has_vision, stage.has_embedding, stage.has_head, cut, shards)
+        if kind not in equal:
+            equal[kind] = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
+        frozen, length = equal[kind]
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
         optimizer += state_element_bytes(weight_bytes) * (length // shards)

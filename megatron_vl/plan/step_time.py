@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
@@ -27,7 +26,7 @@ from megatron_vl.plan.kernels import Kernels
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.links import link
 from megatron_vl.plan.tensors import padded_to
-from megatron_vl.plan.traffic import NOTHING, layer_casts, tower_traffic
+from megatron_vl.plan.traffic import layer_casts, tower_traffic
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 TRAFFIC = 2.0  # element-wise reads and writes of a decoder layer per kept byte, forward, and backward as many
@@ -239,20 +238,20 @@ def _tower(
         seconds["vision_attention"] *= device.matmul_flops / device.attention_flops
         compute.append(sum(seconds.values()) / split)
 
-    @cache
-    def element(share: tuple[int, int]) -> float:
-        found = sum(
-            (
-                tower_traffic(vision, kind, count, split, kernels)
-                for kind, count in zip((CROP, GLOBAL), share)
-            ),
-            NOTHING,
-        )
-        repeated = 1 if model.freeze_vision else 1 + again
-        return (found.forward * repeated + found.backward * (not model.freeze_vision)) / device.element_bytes
+    repeated, backward = (1, 0) if model.freeze_vision else (1 + again, 1)
 
-    shares = set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
-    mine = max(shares, key=lambda share: _dot(share, compute) + element(share))
+    def element(share: tuple[int, int]) -> float:
+        crops, wholes = (
+            tower_traffic(vision, kind, count, split, kernels) for kind, count in zip((CROP, GLOBAL), share)
+        )
+        moved = repeated * (crops.forward + wholes.forward) + backward * (crops.backward + wholes.backward)
+        return moved / device.element_bytes
+
+    moves = {
+        share: element(share)
+        for share in set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
+    }
+    mine = max(moves, key=lambda share: _dot(share, compute) + moves[share])
     launches = sum(map(bool, mine)) * vision.num_layers * multiplier["vision_linear"] * device.layer_seconds
     tensor = context = 0.0
     if split > 1:
@@ -269,7 +268,7 @@ def _tower(
         stride = layout.dp if layout.tower_beside and layout.pp > 1 else 1
         group = link(device, ranks, stride, layout.world_size)
         context = 2 * group.gather(features / min(layout.vision_size, owners))
-    most = Piece(_dot(mine, compute) + launches, element(mine), tensor, context)
+    most = Piece(_dot(mine, compute) + launches, moves[mine], tensor, context)
     return most, (_dot(all_views, compute) + element(all_views)) / layout.vision_size
 
 

@@ -25,15 +25,17 @@ CORE = [
 ]
 # Exact: another version may judge an answer differently, which would change rewards in the middle of a run.
 RL = ["math-verify==0.9.0", "shapely>=2.1", "matplotlib"]
-TEST = ["pytest>=8", "transformers>=4.51", *RL]
+CURATE, PARQUET = ["opencv-python-headless>=5"], ["pyarrow>=15"]
+TEST = ["pytest>=8", "transformers>=4.51", *RL, *CURATE, *PARQUET]
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.4"],
     # The PyTorch part of Transformer Engine is compiled on the machine against its CUDA torch, so this
     # extra is for GPU machines only: with it present and no GPU, `import megatron.core` fails.
     "cuda": ["transformer-engine[core_cu13,pytorch]==2.11.0"],
     "rl": RL,
-    "curate": ["opencv-python-headless>=5"],
-    "parquet": ["pyarrow>=15"],
+    "curate": CURATE,
+    "parquet": PARQUET,
+    "csrc": ["nvidia-cuda-nvdisasm>=13"],
     "test": TEST,
     "dev": TEST + ["ruff"],
 }

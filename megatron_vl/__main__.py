@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -62,4 +63,5 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # where Python was when native code ends the process
     sys.exit(main())

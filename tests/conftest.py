@@ -7,11 +7,17 @@ imported, and are inherited by the ranks.
 """
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # No test may reach out for tokenizers, models or data.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job: programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -19,6 +25,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.fixtures.world import KeptWorld  # noqa: E402
+
+CRASHES = pytest.StashKey[list[str]]()
 
 
 def has_cuda() -> bool:
@@ -36,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Ranks that native code ended: their jobs were done again, which nobody should overlook."""
+    for crash in config.stash.get(CRASHES, []):
+        terminalreporter.section("a rank was ended by native code; its job was done once more", red=True)
+        terminalreporter.line(crash)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The checkout the tests run from: tools/ and examples/ are not part of the installed package."""
@@ -43,8 +58,9 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[KeptWorld]:
+def world(pytestconfig: pytest.Config) -> Iterator[KeptWorld]:
     """Eight spawned gloo ranks that all tests share: started by the first job, again after a breakdown."""
     kept = KeptWorld()
+    pytestconfig.stash[CRASHES] = kept.crashes
     yield kept
     kept.close()

@@ -90,19 +90,25 @@ install_cpu_torch() {
     has_cpu_torch || fail "pip installed a torch that is not the CPU build of constraints-cpu.txt"
 }
 
+# What the tests of this machine need. DALI decodes on the CPU too, and there is none for macOS; the disassembler reads
+# what nvcc makes of csrc/.
+extras() {
+    local found=test
+    [ "$(uname -s)" = Darwin ] || found+=,dali
+    if [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || command -v nvcc >/dev/null; then found+=,csrc; fi
+    printf '%s\n' "$found"
+}
+
 main() {
-    local extras
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
     cd "$ROOT"
     if has_gpu; then
         echo "setup: GPU found, installing the CUDA build of torch and the dependencies (some GB)"
-        "$VENV/bin/python" -m pip install --quiet -e '.[test,dali]'
+        "$VENV/bin/python" -m pip install --quiet -e ".[$(extras)]"
     else
         echo "setup: no GPU found, installing the CPU build of torch and the dependencies (about 1.9 GB, some minutes)"
         install_cpu_torch
-        # DALI decodes on the CPU too, and its tests would be skipped without it; there is none for macOS.
-        [ "$(uname -s)" = Darwin ] && extras=test || extras=test,dali
-        "$VENV/bin/python" -m pip install --quiet -c constraints-cpu.txt -e ".[$extras]"
+        "$VENV/bin/python" -m pip install --quiet -c constraints-cpu.txt -e ".[$(extras)]"
         has_cpu_torch || fail "the CPU build of torch was replaced while the dependencies were installed"
     fi
     "$VENV/bin/python" -m pip check

@@ -6,10 +6,12 @@ and give them many jobs. Each job gets process groups of its own over the first 
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing as mp
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +24,14 @@ from megatron_vl.errors import MegatronVLError
 
 
 class RankFailed(MegatronVLError):
-    """A local rank raised, died or did not answer in time; the message names it."""
+    """A local rank raised, died or did not answer in time; the message names it.
+
+    signal: the signal that ended the rank, None where it was no signal.
+    """
+
+    def __init__(self, message: str, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class _Job:
 
 def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connection) -> None:
     """One process of the world: take a job, join its group, answer, until the pipe closes."""
+    faulthandler.enable()  # where Python was when native code ends the process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["LOCAL_RANK"] = str(rank)
     if device == "cpu":
@@ -48,6 +58,7 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
     choose_device(device, rank if device == "cuda" else 0)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
     _send(pipe, ("ready", None))
+    imported = 0
     while True:
         try:
             job: _Job = _receive(pipe)
@@ -66,6 +77,13 @@ def _rank_main(rank: int, port: int, device: str, timeout: float, pipe: Connecti
         except BaseException as error:  # the parent decides; nothing is swallowed
             answer = ("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         _send(pipe, answer)
+        del job, answer
+        if (
+            len(sys.modules) > imported
+        ):  # else each job's two collections go through all that was ever imported
+            imported = len(sys.modules)
+            gc.collect()
+            gc.freeze()
 
 
 def _leave() -> None:
@@ -165,7 +183,7 @@ class LocalWorld:
         self.close()
         if dead or kind == "died":
             rank, code = next(iter(dead.items()), (rank, None))
-            raise RankFailed(f"rank {rank} died with exit code {code}")
+            raise RankFailed(f"rank {rank} died with exit code {code}", -code if code and code < 0 else None)
         raise RankFailed(f"rank {rank} failed: {value[0]}\n{value[1]}")
 
     @property

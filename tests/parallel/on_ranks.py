@@ -193,9 +193,9 @@ def attention_errors(
 _kept: list[dist.ProcessGroup] = []
 
 
-def keep_a_group() -> None:
-    """A planted fault: a group outlives its job."""
-    _kept.append(dist.new_group())
+def keep_groups(count: int) -> None:
+    """A planted fault: groups outlive their job."""
+    _kept.extend(dist.new_group() for _ in range(count))
 
 
 def forget_groups() -> None:

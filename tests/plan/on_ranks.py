@@ -81,10 +81,13 @@ watching: list[Callable[[torch.Tensor], _Saved]] = []  # who counts what is save
 
 
 class _Saved:
-    """Stands for a tensor that autograd has saved; gone when the graph lets go of it."""
+    """Stands for a tensor that autograd has saved; gone when the graph lets go of it.
+
+    Detached: an operation that saves its own output would keep itself, and with it weights, groups and their threads.
+    """
 
     def __init__(self, tensor: torch.Tensor, part: str) -> None:
-        self.tensor, self.part = tensor, part
+        self.tensor, self.part = tensor.detach(), part
 
 
 def kept_on_rank(config: RunConfig, batches: Batches) -> Kept:

@@ -1,4 +1,4 @@
-"""The `plan` command: memory and step time of one layout; and the search of `tools/plan_parallelism.py`."""
+"""The `plan` command: memory and step time of one layout; and what `tools/plan_parallelism.py` is asked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_vl.plan.command import split_items
 from megatron_vl.plan.devices import DEVICES, GIB, device_of
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
-from megatron_vl.plan.plan_lines import answer_lines, question_lines, verdict_lines
-from megatron_vl.plan.search import SHOWN, Planner, Question
+from megatron_vl.plan.plan_lines import question_lines, verdict_lines
+from megatron_vl.plan.search import SHOWN, Answer, Planner, Question
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,24 +38,21 @@ def main(argv: Sequence[str]) -> int:
     return 0 if verdict.fits else 1
 
 
-def search_main(argv: Sequence[str]) -> int:
-    """Prints the ranked table. Returns 0, or 1 when nothing fits."""
-    options = parser(
-        "plan_parallelism.py", "Rank the legal layouts of a run by predicted step time; start nothing."
-    )
-    options.add_argument(
-        "--top", type=int, default=SHOWN, metavar="N", help="rows of the table (%(default)s)"
-    )
-    arguments = options.parse_intermixed_args(argv)
+def search_parser() -> argparse.ArgumentParser:
+    """What `tools/plan_parallelism.py` takes, but for its trials."""
+    made = parser("plan_parallelism.py", "Rank the legal layouts of a run by predicted step time.")
+    made.add_argument("--top", type=int, default=SHOWN, metavar="N", help="rows of the table (%(default)s)")
+    return made
+
+
+def searched(arguments: argparse.Namespace) -> tuple[Planner, Answer]:
+    """The ranked layouts of a parsed command line. Raises ConfigError."""
     if arguments.gpus is None:
         raise ConfigError("--gpus: no number of devices is given; give one")
     path, overrides = source(arguments)
     config = load_run(path, overrides, arguments.hf, lambda config: check_model(config.model)).config
     planner = Planner(question(arguments, config, arguments.gpus))
-    answer = planner.answer(arguments.top)
-    print("\n".join(answer_lines(planner, answer)))
-    sys.stdout.flush()
-    return 0 if answer.best else 1
+    return planner, planner.answer(arguments.top)
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:

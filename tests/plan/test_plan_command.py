@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vl.__main__ import main
+from megatron_vl.bench.measured import main as tool
 from megatron_vl.errors import ConfigError
-from megatron_vl.plan.plan_command import search_main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = str(ROOT / "examples/pretrain/step3_vl_10b.yaml")
+
+
+def search_main(options) -> int:
+    return tool(options, [])
 
 
 def test_one_layout(capsys):

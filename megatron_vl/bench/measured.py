@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_vl.errors import ConfigError
 from megatron_vl.plan.devices import GIB
-from megatron_vl.plan.plan_command import search_parser, searched
+from megatron_vl.plan.plan_command import calibration_lines, search_parser, searched
 from megatron_vl.plan.plan_lines import LAYOUT, aligned, answer_lines, block, layout_cells
 from megatron_vl.plan.search import Planner, Verdict
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str], benchmark: Sequence[str]) -> int:
         from megatron_vl.bench.trials import check_possible  # needs torch, which the table does not
 
         check_possible(planner, answer.best[: arguments.measure])
-    print("\n".join(answer_lines(planner, answer)))
+    print("\n".join([*calibration_lines(arguments), *answer_lines(planner, answer)]))
     sys.stdout.flush()
     if not answer.best:
         return 1

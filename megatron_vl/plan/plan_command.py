@@ -14,7 +14,7 @@ from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.candidates import Candidate
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.command import split_items
-from megatron_vl.plan.devices import DEVICES, GIB, device_of
+from megatron_vl.plan.devices import DEVICES, GIB, device_of, measured_values
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
 from megatron_vl.plan.plan_lines import question_lines, verdict_lines
@@ -33,7 +33,12 @@ def main(argv: Sequence[str]) -> int:
     config = load_checked_run(path, overrides, arguments.hf, world).config
     planner = Planner(question(arguments, config, world))
     verdict = planner.judge(candidate_of(config, world))
-    print("\n".join([*question_lines(planner.question), *verdict_lines(planner, verdict)]))
+    told = [
+        *calibration_lines(arguments),
+        *question_lines(planner.question),
+        *verdict_lines(planner, verdict),
+    ]
+    print("\n".join(told))
     sys.stdout.flush()
     return 0 if verdict.fits else 1
 
@@ -68,7 +73,13 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--gpu", default="H100", choices=sorted(DEVICES), help="table of the device (%(default)s)"
     )
-    made.add_argument("--calibrate", metavar="FILE", help="JSON with measured values in place of the table's")
+    made.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="JSON with measured values in place of the table's; may be given again",
+    )
     made.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of a device, in place of the table's"
     )
@@ -109,12 +120,24 @@ def question(arguments: argparse.Namespace, config: RunConfig, world_size: int) 
         )
     if world_size < 1:
         raise ConfigError(f"--gpus {world_size}: must be at least 1")
-    device = device_of(arguments.gpu, arguments.calibrate)
+    device = device_of(arguments.gpu, *arguments.calibrate)
     if arguments.memory is not None:
         if arguments.memory <= 0:
             raise ConfigError(f"--memory {arguments.memory:g}: must be more than 0 GiB")
         device = replace(device, memory=round(arguments.memory * GIB))
     return Question(config, device, world_size, arguments.visual_share, arguments.document_tokens)
+
+
+def calibration_lines(arguments: argparse.Namespace) -> list[str]:
+    """For each file of measured values, what of the table it replaces. Raises ConfigError."""
+    nominal, lines = DEVICES[arguments.gpu], []
+    for file in arguments.calibrate:
+        told = [
+            f"{name} {value:.4g} ({getattr(nominal, name):.4g})"
+            for name, value in measured_values(file).items()
+        ]
+        lines.append(f"Measured, from {file} (in brackets the {nominal.name} table's): {', '.join(told)}")
+    return lines
 
 
 def candidate_of(config: RunConfig, world_size: int) -> Candidate:

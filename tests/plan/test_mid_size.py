@@ -1,6 +1,6 @@
 """Memory of a mid-size model in fourteen layouts: the plan against ranks that are built, and against a whole step.
 
-Views have their real sizes, 728 and 504, heads their real width of 64 and 128; about 43 M parameters.
+Views have their real sizes, 728 and 504, heads their real width of 64 and 128; about 44 M parameters.
 """
 
 from dataclasses import replace

@@ -9,6 +9,7 @@ time to be fed. None was measured here. `--calibrate FILE` replaces any of them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -115,28 +116,31 @@ def why_not(config: RunConfig, device: Device) -> str | None:
     return None
 
 
-def device_of(name: str, calibration: str | None = None) -> Device:
-    """The device by its name in `DEVICES`, with the values of a calibration file put in.
+def device_of(name: str, *calibrations: str) -> Device:
+    """The device by its name in `DEVICES`, with the values of calibration files put in, those of later files last.
 
-    calibration: JSON object of field names of `Device` (not `name`, `capability`) and numbers; other keys of the file
-    are refused.
-    Or what `tools/benchmark_throughput.py kernels` or `collectives` has written, which holds such an object under
-    `calibration`. Raises ConfigError.
+    calibrations: files as `measured_values` takes them. Raises ConfigError.
     """
     if name not in DEVICES:
         raise ConfigError(f"gpu = {name}: no such table; choose one of {', '.join(DEVICES)}")
     device = DEVICES[name]
-    if calibration is None:
-        return device
-    return replace(device, **_measured(Path(calibration)))
+    for file in calibrations:
+        device = replace(device, **measured_values(file))
+    return device
 
 
-def _measured(path: Path) -> Mapping[str, float]:
+def measured_values(file: str) -> Mapping[str, float]:
+    """What a calibration file says: fields of `Device` and their values.
+
+    file: JSON object of field names of `Device` (not `name`, `capability`) and numbers; other keys are refused. Or what
+    `tools/benchmark_throughput.py kernels` or `collectives` has written, which holds such an object under
+    `calibration`. Raises ConfigError: there is no such file or value in it, or one that cannot be.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"calibrate = {path}: cannot be read as JSON ({error}); give the benchmark's file"
+            f"calibrate = {file}: cannot be read as JSON ({error}); give the benchmark's file"
         ) from error
     if isinstance(found, dict) and "calibration" in found:
         found = found["calibration"]
@@ -146,16 +150,20 @@ def _measured(path: Path) -> Mapping[str, float]:
         if field.name not in ("name", "capability")
     }
     if not isinstance(found, dict):
-        raise ConfigError(f"calibrate = {path}: must be an object of names and numbers")
+        raise ConfigError(f"calibrate = {file}: must be an object of names and numbers")
+    if not found:
+        raise ConfigError(
+            f"calibrate = {file}: holds no measured value; `collectives` needs --nproc 2 or more for one"
+        )
     for key, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            key not in kinds
-            or not number
-            or value < 0
-            or (value == 0 and kinds[key] is float and "seconds" not in key)
-        ):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if key not in kinds or not number or value < 0 or (value == 0 and not _may_be_zero(key)):
             raise ConfigError(
-                f"calibrate = {path}: {key} = {value}: must be a positive number for one of {', '.join(kinds)}"
+                f"calibrate = {file}: {key} = {value}: must be a positive number for one of {', '.join(kinds)}"
             )
     return {key: kinds[key](value) for key, value in found.items()}
+
+
+def _may_be_zero(key: str) -> bool:
+    """Latencies, and what zero has a meaning for."""
+    return "seconds" in key or key in ("memory", "processors", "reserve")

@@ -50,7 +50,8 @@ def fullest_load(config: RunConfig) -> Load:
     left = tokens - crops * vision.crop_tokens
     globals_ = min(left // vision.global_tokens, left if most_globals is None else most_globals)
     rows = config.train.micro_batch_size
-    return Load(rows, tokens, rows * crops, rows * globals_)
+    documents = (tokens,) if packing.enabled else ()
+    return Load(rows, tokens, rows * crops, rows * globals_, documents)
 
 
 def kept_by_chunk(
@@ -78,7 +79,8 @@ def kept_by_chunk(
     if stage.layers and recompute.decoder == "full":
         groups = -(-len(stage.layers) // recompute.decoder_num_layers)
         decoder += hidden * (groups * (not away))
-        decoder += load.tokens // layout.cp * text.kv_channels * FP32  # rotary angles
+        # rotary angles: of the longest document of a packed row, whole on every context-parallel rank
+        decoder += max(load.documents, default=load.tokens // layout.cp) * text.kv_channels * FP32
     else:
         selective, trained = recompute.decoder == "selective", not model.freeze_decoder
         small = len(kernels.fp8.intersection(stage.layers))

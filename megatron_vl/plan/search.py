@@ -67,9 +67,10 @@ class Question:
         """A micro-batch of so many rows."""
         length = self.config.data.seq_length
         documents: tuple[int, ...] = ()
-        if self.config.data.packing.enabled and self.document_tokens:
-            whole, rest = divmod(length, self.document_tokens)
-            documents = (self.document_tokens,) * whole + ((rest,) if rest else ())
+        if self.config.data.packing.enabled:
+            each = min(self.document_tokens or length, length)
+            whole, rest = divmod(length, each)
+            documents = (each,) * whole + ((rest,) if rest else ())
         images = self.images_per_row * rows
         return Load(rows, length, IMAGE_CROPS * images, images, documents)
 

@@ -55,6 +55,7 @@ CASES = [
     ("dp2tp2pp2", "data", False, NONE, "bf16", MODEL),
     ("tp2sp", "data", False, CHUNKS, "bf16", MODEL),
     ("cp2agtp2", "tensor", True, CHUNKS, "fp32", FROZEN),
+    ("cp2", "data", True, FULL, "bf16", MODEL),
 ]
 
 

@@ -18,7 +18,7 @@ FULL = RecomputeConfig(vision="full", vision_num_layers=2)
 CHUNKS = RecomputeConfig(vision_chunk_views=2)
 FP8 = PrecisionConfig(params="bf16", fp8="tensorwise", fp8_vision=True)
 BF16, FULL_PRECISION = PrecisionConfig(params="bf16"), PrecisionConfig(params="fp32")
-# layout, placement, recompute, number formats, pixels as bytes, whether blocks run with their own tensors kept
+# layout, placement, recompute, number formats, pixels as bytes
 CASES = [
     ("1", "data", None, BF16, False),
     ("1", "data", None, FULL_PRECISION, True),
@@ -56,8 +56,8 @@ def test_what_the_tower_keeps(world, host_library, name, placement, recompute, p
         assert bool(calls["patchify"]) == as_bytes
         found = kept.chunks[0]["vision"]
         planned = kept_by_chunk(MODEL, layout, stage, kernels, load, config.recompute, kept.coords)["vision"]
-        print(name, planned, found, planned / found)
         assert planned == pytest.approx(found, rel=0.02)
         twins = replace(kernels, fused=False)
         without = kept_by_chunk(MODEL, layout, stage, twins, load, config.recompute, kept.coords)["vision"]
-        print(without / planned)
+        if not recompute:  # the twins keep more
+            assert without > 1.05 * planned

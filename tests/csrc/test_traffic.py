@@ -29,9 +29,5 @@ def test_a_block(world, host_library, fused, views, dtype):
     kernels = kernels_of("torch", {"bf16": 2, "fp32": 4}[dtype], on_cpu=True, fused=fused)
     patches = MODEL.vision.global_grid**2
     planned = block_traffic(MODEL.vision, patches, views, 1, kernels)
-    for (name, found), expected in zip(answer.items(), (planned.forward, planned.backward)):
-        total = sum(found.values())
-        unit = views * patches * MODEL.vision.hidden_size * kernels.element
-        print(fused, views, name, expected / total, {k: round(v / unit, 2) for k, v in found.items()})
     for found, expected in zip(answer.values(), (planned.forward, planned.backward)):
         assert expected == pytest.approx(sum(found.values()), rel=0.03)

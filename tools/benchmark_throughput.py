@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -65,11 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
         if report:  # ranks other than the first, and who started them, have none
             print(report)
         if options.json and report:
-            Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(Path(options.json), record)
     except (MegatronVLError, OSError) as error:
         print(f"benchmark_throughput.py: {error}", file=sys.stderr)
         return 2
     return 0 if good else 1
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """What was measured, for `--json`."""
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

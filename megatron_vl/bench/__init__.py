@@ -1,1 +1,1 @@
-"""Measurements: each module is one subcommand of `tools/benchmark_throughput.py`."""
+"""Measurements: subcommands of `tools/benchmark_throughput.py`, and the trials of `tools/plan_parallelism.py`."""

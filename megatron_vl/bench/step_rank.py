@@ -86,10 +86,12 @@ def measure(
         with timed_parts(source.parts, clock) as towers:
             measured = Measured()
             for number in range(options.warmup + options.steps):
+                own = time.process_time()
                 metrics, phases = _step(source, clock, towers, phase, number)
                 if number >= options.warmup:
                     measured.steps.append(metrics)
                     measured.phases.append(phases)
+                    measured.processor.append(time.process_time() - own)
         largest = None
         if options.trace:
             batches = source.next(options.warmup + options.steps + 1)

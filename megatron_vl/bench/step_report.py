@@ -19,14 +19,16 @@ NAMED = 3  # operations of a profile that the report names
 
 @dataclass
 class Measured:
-    """Steps that count on this rank: what the log would say, and seconds by phase."""
+    """Steps that count on this rank: what the log would say, seconds by phase, and processor seconds."""
 
     steps: list[StepMetrics] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
 
     def medians(self) -> dict[str, float]:
-        """Median seconds of each phase over the steps."""
-        return {name: statistics.median(step[name] for step in self.phases) for name in PHASES}
+        """Median seconds of each phase over the steps, and of `processor`."""
+        phases = {name: statistics.median(step[name] for step in self.phases) for name in PHASES}
+        return phases | {"processor": statistics.median(self.processor)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -56,6 +58,7 @@ def record_of(
         "views": {"images": middle.images, "crops": middle.crops, "balance": middle.vision_balance},
         "steps": len(steps),
         "step_seconds": spread([m.step_seconds for m in steps]),
+        "processor_seconds": sum(rank["processor"] for rank in everyone),
         "tokens_per_second_per_gpu": middle.tokens_per_second_per_gpu,
         "model_tflops": middle.model_tflops,
         "mfu": middle.mfu,

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from megatron_vl.errors import ConfigError
+from megatron_vl.plan.kernels import HOPPER, PACK_BYTES
 
 KEY, VARIABLE = "parallel.fused_kernels", "MEGATRON_VL_OPS"
 BUILD = Path(__file__).parents[2] / "csrc" / "build"
 NAMES = ("libmegatron_vl_ops.so", "libmegatron_vl_ops_host.so")
-HOPPER = (9, 0)
-PACK_BYTES = 16  # what one access of a kernel moves
 # Modules that tell PyTorch shapes and gradients of the library's operators; imported when it is loaded.
 DESCRIBED_IN = ("megatron_vl.ops.fused", "megatron_vl.ops.projector_fused")
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_vl.ops.library import uses_kernels
-
-WIDEST_NORM = 6144  # bytes of a row that the kernel with the norm holds: 384 threads of 16 bytes
+from megatron_vl.plan.kernels import WIDEST_NORM
 
 
 def scale_residual(

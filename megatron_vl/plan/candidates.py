@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.plan.attention_checks import check_attention
 from megatron_vl.plan.checks import check_layout
+from megatron_vl.plan.fp8 import check_fp8
+from megatron_vl.plan.kernel_checks import check_kernels
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.mixture_checks import check_packing
 from megatron_vl.plan.recompute_checks import check_recompute
@@ -28,6 +31,10 @@ class Candidate:
     micro_batch: int
     num_microbatches: int
     recompute: RecomputeConfig
+
+    def with_recompute(self, recompute: RecomputeConfig) -> Candidate:
+        """The same layout with another setting; faster than `replace`, of which a search makes ten thousands."""
+        return Candidate(self.layout, self.layers, self.micro_batch, self.num_microbatches, recompute)
 
     def parallel(self, base: ParallelConfig) -> ParallelConfig:
         """The configuration of this layout."""
@@ -63,14 +70,16 @@ def candidates(
     """
     seq_length, num_layers = config.data.seq_length, config.model.text.num_layers
     slice_limit = max(1, seq_length // (SHORTEST_SLICE if seq_length >= 2 * SHORTEST_SLICE else SMALL_SLICE))
+    # of each size one description, not one for each layout: there are ten thousands
+    trains = {size: replace(config.train, micro_batch_size=size) for size in MICRO_BATCHES}
     for tp in divisors(world_size, node_ranks):
         for cp in divisors(world_size // tp, slice_limit):
             for pp in divisors(world_size // tp // cp, num_layers + 2):
-                yield from _of_sizes(config, world_size, (tp, cp, pp), relieved)
+                yield from _of_sizes(config, world_size, (tp, cp, pp), relieved, trains)
 
 
 def _of_sizes(
-    config, world_size: int, sizes: tuple[int, int, int], relieved
+    config, world_size: int, sizes: tuple[int, int, int], relieved, trains
 ) -> Iterator[Candidate | tuple[str, str]]:
     """Candidates of one (tp, cp, pp)."""
     tp, cp, pp = sizes
@@ -82,11 +91,11 @@ def _of_sizes(
             for placement in ("data",) + ("tensor",) * (tp > 1) + ("all",) * (pp > 1 and bool(relieved)):
                 layout = Layout(tp, cp, dp, pp, vpp, sp, placement)
                 for layers in _splits(num_layers, pp, vpp, relieved.get((tp, cp, pp, placement), 0.0)):
-                    yield from _of_layout(config, layout, layers)
+                    yield from _of_layout(config, layout, layers, trains)
 
 
 def _of_layout(
-    config: RunConfig, layout: Layout, layers: tuple[int, ...] | None
+    config: RunConfig, layout: Layout, layers: tuple[int, ...] | None, trains: Mapping[int, TrainConfig]
 ) -> Iterator[Candidate | tuple[str, str]]:
     """Candidates of one layout: its micro-batch sizes."""
     base = Candidate(layout, layers, 1, 1, RecomputeConfig())
@@ -96,12 +105,11 @@ def _of_layout(
         rest, odd = divmod(config.train.global_batch_size, size * layout.dp)
         if size > 1 and (odd or (layout.vpp > 1 and rest % layout.pp)):
             continue
-        train = replace(config.train, micro_batch_size=size)
-        problems = refusals(config, parallel, train, base.recompute, layout.world_size)
+        problems = refusals(config, parallel, trains[size], base.recompute, layout.world_size)
         if problems:
             yield problems[0]
             return
-        yield replace(base, micro_batch=size, num_microbatches=rest)
+        yield Candidate(layout, layers, size, rest, base.recompute)
 
 
 def refusals(
@@ -116,7 +124,11 @@ def refusals(
         *check_layout(config.model, parallel, train, config.data, world_size),
         *check_recompute(config.model, parallel, recompute),
         *check_packing(config.data.packing, parallel, config.data.seq_length, train.micro_batch_size),
+        *check_attention(config.model.text, parallel, config.data.packing),
+        *check_kernels(config.model.vision, parallel),
     ]
+    if config.precision.fp8 != "none":
+        problems += check_fp8(replace(config, parallel=parallel, train=train))
     return [(problem.path, problem.rule) for problem in problems]
 
 

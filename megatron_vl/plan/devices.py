@@ -2,18 +2,23 @@
 
 Peaks, memory and links are from NVIDIA's data sheets of the SXM modules in HGX / DGX nodes of eight. Efficiencies and
 latencies are assumptions, chosen so that published bf16 figures of 8B decoders on H100 come out (spec of this
-project: 40-50% MFU); none was measured here. `--calibrate FILE` replaces any of them.
+project: 40-50% MFU); products in FP8 are taken to reach less of their peak (55%, bf16 62%), since they have half the
+time to be fed. None was measured here. `--calibrate FILE` replaces any of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from megatron_vl.config.schema import RunConfig
 from megatron_vl.errors import ConfigError
 from megatron_vl.plan.cost import PEAK_FLOPS
+from megatron_vl.plan.fp8 import BLOCKWISE_CUDA, refusal
+from megatron_vl.plan.kernels import HOPPER
 
 GB, GIB = 10**9, 1 << 30
 
@@ -23,18 +28,21 @@ class Device:
     """One rank's device. Rates per second and rank; links are one direction.
 
     memory: bytes that a process may use, 0 = no limit is known. matmul_flops, attention_flops: reached, not peak, and
-    half of it with `half_rows` tokens per rank and micro-batch.
+    half of it with `half_rows` tokens per rank and micro-batch. matmul_flops_fp8: the same of products in FP8, without
+    what rounding to it takes; 0 = it has none, and they count as any other.
     element_bytes: memory traffic of element-wise work. intra_bytes: link inside a node; inter_bytes: a rank's own
     share of the links between nodes. collective_seconds, transfer_seconds: latency of a collective inside a node and
     of a message between two ranks; inter_seconds: of a collective between nodes. layer_seconds: fixed cost of one
-    layer's forward pass (launches). processors: cores that all ranks of a node share, 0 = every rank has its own
-    device. reserve: bytes that libraries, the context and fragmentation take.
+    layer's forward pass (launches). host_bytes: link to host memory. processors: cores that all ranks of a node share,
+    0 = every rank has its own device. reserve: bytes that libraries, the context and fragmentation take. capability: of
+    CUDA, None = not a GPU.
     """
 
     name: str
     memory: int
     peak_flops: float
     matmul_flops: float
+    matmul_flops_fp8: float
     attention_flops: float
     half_rows: float
     element_bytes: float
@@ -45,8 +53,10 @@ class Device:
     inter_seconds: float
     transfer_seconds: float
     layer_seconds: float
+    host_bytes: float
     processors: int
     reserve: int
+    capability: tuple[int, int] | None
 
     @property
     def on_cpu(self) -> bool:
@@ -54,66 +64,106 @@ class Device:
         return self.processors > 0
 
 
-def _gpu(name: str, memory: int, peak: float, bandwidth: float, link: float, network: float) -> Device:
+def _gpu(
+    name: str, memory: int, peaks: tuple[float, float], bandwidth: float, link: float, network: float, host: float,
+    capability: tuple[int, int],
+) -> Device:  # fmt: skip
+    """peaks: bf16 and FP8. bandwidth, link, network, host: bytes per second, nominal."""
+    peak, peak_fp8 = peaks
     return Device(
-        name=name, memory=memory, peak_flops=peak, matmul_flops=0.62 * peak, attention_flops=0.45 * peak, half_rows=192,
-        element_bytes=0.75 * bandwidth, node_ranks=8, intra_bytes=0.75 * link, inter_bytes=0.8 * network,
-        collective_seconds=12e-6, inter_seconds=40e-6, transfer_seconds=15e-6, layer_seconds=0.0, processors=0,
-        reserve=4 * GIB,
+        name=name, memory=memory, peak_flops=peak, matmul_flops=0.62 * peak, matmul_flops_fp8=0.55 * peak_fp8,
+        attention_flops=0.45 * peak, half_rows=192, element_bytes=0.75 * bandwidth, node_ranks=8,
+        intra_bytes=0.75 * link, inter_bytes=0.8 * network, collective_seconds=12e-6, inter_seconds=40e-6,
+        transfer_seconds=15e-6, layer_seconds=0.0, host_bytes=0.8 * host, processors=0, reserve=4 * GIB,
+        capability=capability,
     )  # fmt: skip
 
 
+def _hopper(name: str, memory: int, bandwidth: float) -> Device:
+    peaks = PEAK_FLOPS[name]["bf16"], PEAK_FLOPS[name]["fp8"]
+    return _gpu(name, memory, peaks, bandwidth, 450 * GB, 50 * GB, 64 * GB, HOPPER)
+
+
 DEVICES: dict[str, Device] = {
-    "H100": _gpu("H100", 79 * GIB, PEAK_FLOPS["H100"]["bf16"], 3.35e12, 450 * GB, 50 * GB),
-    "H200": _gpu("H200", 139 * GIB, PEAK_FLOPS["H200"]["bf16"], 4.8e12, 450 * GB, 50 * GB),
-    "A100": _gpu("A100", 79 * GIB, 312e12, 2.039e12, 300 * GB, 25 * GB),
+    "H100": _hopper("H100", 79 * GIB, 3.35e12),
+    "H200": _hopper("H200", 139 * GIB, 4.8e12),
+    "A100": _gpu("A100", 79 * GIB, (312e12, 0.0), 2.039e12, 300 * GB, 25 * GB, 32 * GB, (8, 0)),
     # a laptop's or a test machine's core with torch in fp32: order of magnitude only
     "CPU": Device(
-        name="CPU", memory=0, peak_flops=60e9, matmul_flops=40e9, attention_flops=15e9, half_rows=8,
+        name="CPU", memory=0, peak_flops=60e9, matmul_flops=40e9, matmul_flops_fp8=0.0, attention_flops=15e9,
+        half_rows=8,
         element_bytes=6 * GB, node_ranks=1024, intra_bytes=1.5 * GB, inter_bytes=1 * GB, collective_seconds=250e-6,
-        inter_seconds=500e-6, transfer_seconds=150e-6, layer_seconds=1.2e-3, processors=2, reserve=GIB // 2,
+        inter_seconds=500e-6, transfer_seconds=150e-6, layer_seconds=1.2e-3, host_bytes=3 * GB, processors=2,
+        reserve=GIB // 2, capability=None,
     ),
 }  # fmt: skip
 
 
-def device_of(name: str, calibration: str | None = None) -> Device:
-    """The device by its name in `DEVICES`, with the values of a calibration file put in.
+def why_not(config: RunConfig, device: Device) -> str | None:
+    """Why a run cannot have on this device what it asks for by name; None = it can.
 
-    calibration: JSON object of field names of `Device` (not `name`) and numbers; other keys of the file are refused.
-    Or what `tools/benchmark_throughput.py kernels` or `collectives` has written, which holds such an object under
-    `calibration`. Raises ConfigError.
+    The rules are those with which it is built there; CUDA is taken to be new enough.
+    """
+    parallel = config.parallel
+    backend = {"auto": "transformer_engine"}.get(parallel.layer_backend, parallel.layer_backend)
+    if device.on_cpu:
+        backend = "torch"
+    reason = refusal(config.precision, backend, device.capability, BLOCKWISE_CUDA)
+    if reason is not None:
+        return f"{device.name}: {reason}"
+    if parallel.fused_kernels == "required" and not device.on_cpu and device.capability != HOPPER:
+        return f"{device.name}: parallel.fused_kernels = required: the kernels are for compute capability 9.0; use auto"
+    return None
+
+
+def device_of(name: str, *calibrations: str) -> Device:
+    """The device by its name in `DEVICES`, with the values of calibration files put in, those of later files last.
+
+    calibrations: files as `measured_values` takes them. Raises ConfigError.
     """
     if name not in DEVICES:
         raise ConfigError(f"gpu = {name}: no such table; choose one of {', '.join(DEVICES)}")
     device = DEVICES[name]
-    if calibration is None:
-        return device
-    return replace(device, **_measured(Path(calibration)))
+    for file in calibrations:
+        device = replace(device, **measured_values(file))
+    return device
 
 
-def _measured(path: Path) -> Mapping[str, float]:
+def measured_values(file: str) -> Mapping[str, float]:
+    """What a calibration file says: fields of `Device` and their values.
+
+    file: JSON object of field names of `Device` (not `name`, `capability`) and numbers; other keys are refused. Or what
+    `tools/benchmark_throughput.py kernels` or `collectives` has written, which holds such an object under
+    `calibration`. Raises ConfigError: there is no such file or value in it, or one that cannot be.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"calibrate = {path}: cannot be read as JSON ({error}); give the benchmark's file"
+            f"calibrate = {file}: cannot be read as JSON ({error}); give the benchmark's file"
         ) from error
     if isinstance(found, dict) and "calibration" in found:
         found = found["calibration"]
     kinds = {
-        field.name: int if field.type == "int" else float for field in fields(Device) if field.name != "name"
+        field.name: int if field.type == "int" else float
+        for field in fields(Device)
+        if field.name not in ("name", "capability")
     }
     if not isinstance(found, dict):
-        raise ConfigError(f"calibrate = {path}: must be an object of names and numbers")
+        raise ConfigError(f"calibrate = {file}: must be an object of names and numbers")
+    if not found:
+        raise ConfigError(
+            f"calibrate = {file}: holds no measured value; `collectives` needs --nproc 2 or more for one"
+        )
     for key, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            key not in kinds
-            or not number
-            or value < 0
-            or (value == 0 and kinds[key] is float and "seconds" not in key)
-        ):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if key not in kinds or not number or value < 0 or (value == 0 and not _may_be_zero(key)):
             raise ConfigError(
-                f"calibrate = {path}: {key} = {value}: must be a positive number for one of {', '.join(kinds)}"
+                f"calibrate = {file}: {key} = {value}: must be a positive number for one of {', '.join(kinds)}"
             )
     return {key: kinds[key](value) for key, value in found.items()}
+
+
+def _may_be_zero(key: str) -> bool:
+    """Latencies, and what zero has a meaning for."""
+    return "seconds" in key or key in ("memory", "processors", "reserve")

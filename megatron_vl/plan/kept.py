@@ -4,8 +4,7 @@ Counted are the tensors that autograd saves, each storage once, without weights:
 alive when the forward pass ends (tests/plan/test_kept.py). Sizes of single tensors are those of Megatron-Core 0.16.1
 and of this package's own modules; the two backends differ in `Kernels`.
 
-Not modelled: `recompute.offload` (what layers keep counts as if it stayed), pixels as bytes (`data.image_mode: fast`;
-chunks of views keep four times less than planned), and how unevenly visual tokens lie on context-parallel ranks.
+Not modelled: how unevenly visual tokens lie on context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,42 +15,15 @@ from functools import lru_cache
 from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig, halved
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.cost import IMAGE_CHANNELS, view_costs
-from megatron_vl.plan.fp8 import Fp8Layers
+from megatron_vl.plan.kernels import FP32, WIDEST_NORM, Kernels
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import Stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_counts
 
-FP32 = 4
 ID_BYTES = 8
 SLOT_BYTES = 16  # of a visual token, where it is put: row and position
+SMALLEST_MOVED = 1 << 20  # bytes: off-loading leaves smaller tensors where they are
 SCORE_BYTES = 28  # of a scored token: place, label, and three fp32 statistics
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Where backends keep different things.
-
-    element: bytes of an activation. fused_norm: an RMS norm keeps its input; else (torch on a CPU) the input and the
-    normalised input, both in fp32. joined_rows: attention takes several dense rows, or views, as one (torch), which
-    copies V and the output. ring: context-parallel ranks pass K and V on; else they gather all of them for a moment.
-    fp8: decoder layers with products in FP8, which keep their inputs so; the tower counts as if it had none.
-    """
-
-    element: int
-    fused_norm: bool
-    joined_rows: bool
-    ring: bool
-    fp8: frozenset[int] = frozenset()
-
-
-def kernels_of(
-    backend: str, element: int, on_cpu: bool, exchange: str = "p2p", fp8: Fp8Layers | None = None
-) -> Kernels:
-    """backend, exchange: `parallel.layer_backend`, where `auto` is taken as Transformer Engine on GPUs, and
-    `parallel.cp_comm_type`, where `a2a` counts as a ring. element: 2 (bf16) or 4 (fp32)."""
-    fused = backend == "transformer_engine" or (backend == "auto" and not on_cpu)
-    layers = frozenset() if fp8 is None else fp8.decoder
-    return Kernels(element, fused or not on_cpu, not fused, exchange != "all_gather", layers)
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,8 @@ def fullest_load(config: RunConfig) -> Load:
     left = tokens - crops * vision.crop_tokens
     globals_ = min(left // vision.global_tokens, left if most_globals is None else most_globals)
     rows = config.train.micro_batch_size
-    return Load(rows, tokens, rows * crops, rows * globals_)
+    documents = (tokens,) if packing.enabled else ()
+    return Load(rows, tokens, rows * crops, rows * globals_, documents)
 
 
 def kept_by_chunk(
@@ -89,31 +62,71 @@ def kept_by_chunk(
     load: Load,
     recompute: RecomputeConfig,
     coords: Coords,
+    smallest: int = SMALLEST_MOVED,
 ) -> dict[str, int]:
-    """Bytes of one chunk on the rank at `coords`: `vision`, `decoder` and `loss`."""
+    """Bytes of one chunk on the rank at `coords`: `vision`, `decoder` and `loss`.
+
+    smallest: bytes of the smallest tensor that `recompute.offload` moves; what it moves is not counted, as if copies
+    kept pace with computation.
+    """
     text = model.text
     local = load.rows * load.tokens // layout.cp
     normed = local // layout.tp if layout.sp else local
     vision = vision_kept(model, layout, stage, kernels, load, recompute, layout.vision_rank(coords))
+    hidden, smallest = hidden_bytes(text, layout, kernels, load), smallest_moved(recompute, smallest)
+    away = hidden >= smallest
     decoder = ID_BYTES * local * stage.has_embedding
     if stage.layers and recompute.decoder == "full":
         groups = -(-len(stage.layers) // recompute.decoder_num_layers)
-        decoder += groups * normed * text.hidden_size * kernels.element
-        decoder += load.tokens // layout.cp * text.kv_channels * FP32  # rotary angles
+        decoder += hidden * (groups * (not away))
+        # rotary angles: of the longest document of a packed row, whole on every context-parallel rank
+        decoder += max(load.documents, default=load.tokens // layout.cp) * text.kv_channels * FP32
     else:
         selective, trained = recompute.decoder == "selective", not model.freeze_decoder
         small = len(kernels.fp8.intersection(stage.layers))
         for count, quantised in ((len(stage.layers) - small, False), (small, True)):
             if count:
-                decoder += count * layer_kept(text, layout, kernels, load, selective, trained, quantised)
+                of_layer = (text, layout, kernels, load, selective, trained, quantised)
+                left = layer_moved(*of_layer, smallest)[0] if recompute.offload else layer_kept(*of_layer)
+                decoder += count * left
+    if stage.layers and away and not stage.has_embedding:
+        decoder += hidden  # the stage's input, which is no part of its graph
     loss = 0
     if stage.has_head:
-        loss = (
-            norm_kept(text.hidden_size, normed, kernels, not model.freeze_decoder)
-            + normed * text.hidden_size * kernels.element
-        )
-        loss += SCORE_BYTES * local
+        norm = norm_saved(text.hidden_size, normed, kernels, not model.freeze_decoder)
+        loss = sum(one.left(smallest) for one in norm) + hidden + SCORE_BYTES * local
     return {"vision": vision, "decoder": decoder, "loss": loss}
+
+
+def hidden_bytes(text: TextConfig, layout: Layout, kernels: Kernels, load: Load) -> int:
+    """Bytes of the hidden states between two layers."""
+    tokens = load.rows * load.tokens // layout.cp // (layout.tp if layout.sp else 1)
+    return tokens * text.hidden_size * kernels.element
+
+
+def smallest_moved(recompute: RecomputeConfig, smallest: int) -> int:
+    """Bytes from which a tensor leaves the device; none does without off-loading."""
+    return smallest if recompute.offload else 1 << 62
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A storage that a decoder layer keeps.
+
+    views: bytes of each tensor in it that autograd saves, as often as it saves it; empty where off-loading leaves it
+    alone (`model/offload.py`): what is no part of the graph, like tensors that a function has made for itself.
+    """
+
+    size: int
+    views: tuple[int, ...] = ()
+
+    def moved(self, smallest: int) -> int:
+        """Bytes that travel to the host, and back."""
+        return sum(view for view in self.views if view >= smallest)
+
+    def left(self, smallest: int) -> int:
+        """Bytes that stay: all of it where one tensor does."""
+        return 0 if self.views and min(self.views) >= smallest else self.size
 
 
 @lru_cache(maxsize=1 << 16)
@@ -128,64 +141,132 @@ def layer_kept(
 ) -> int:
     """Bytes of one decoder layer that is not recomputed as a whole. trained: its weights need a gradient. quantised:
     its products are in FP8."""
+    return sum(one.size for one in layer_saved(text, layout, kernels, load, selective, trained, quantised))
+
+
+@lru_cache(maxsize=1 << 16)
+def layer_moved(
+    text: TextConfig,
+    layout: Layout,
+    kernels: Kernels,
+    load: Load,
+    selective: bool,
+    trained: bool = True,
+    quantised: bool = False,
+    smallest: int = SMALLEST_MOVED,
+) -> tuple[int, int]:
+    """(bytes of such a layer that stay on the device with off-loading, bytes that are moved, one way)."""
+    found = layer_saved(text, layout, kernels, load, selective, trained, quantised)
+    return sum(one.left(smallest) for one in found), sum(one.moved(smallest) for one in found)
+
+
+def layer_saved(
+    text: TextConfig,
+    layout: Layout,
+    kernels: Kernels,
+    load: Load,
+    selective: bool,
+    trained: bool,
+    quantised: bool,
+) -> list[Saved]:
+    """What one decoder layer keeps."""
     tp, element, head = layout.tp, kernels.element, text.kv_channels
     local = load.rows * load.tokens // layout.cp
     normed = local // tp if layout.sp else local
     heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
-    norms = 2 * norm_kept(text.hidden_size, normed, kernels, trained)
-    linears = trained * linear_inputs(text, layout, kernels, load, quantised)
-    mixed = (heads + 2 * groups) * head * element  # the product of the q, k, v weights
-    if (
-        text.num_query_groups < tp
-    ):  # ranks that share a key head gather the whole product and take a view of it
-        mixed = (text.num_attention_heads + 2 * text.num_query_groups) * head * element
+    found = 2 * norm_saved(text.hidden_size, normed, kernels, trained)
+    operand = 1 if quantised else element
+
+    def input_of_product(values: int) -> Saved:
+        # in FP8 a copy that the product has made for itself; Transformer Engine norms inside the product
+        own = quantised or not kernels.joined_rows
+        return Saved(operand * values, () if own else (operand * values,))
+
+    if trained:
+        inner = local * text.ffn_hidden_size // tp
+        found += 2 * [input_of_product(normed * text.hidden_size)]
+        found.append(Saved(operand * inner, () if quantised else (operand * inner,)))
+        if quantised:
+            found.append(Saved(local * heads * head))  # the attention's output again
+    queries, keys = local * heads * head, local * groups * head
     copied = heads > groups > 1  # reshaping the queries of several groups copies them
+    views, upcast = head_norms_saved(queries, keys, head, copied, kernels, trained)
+    found += upcast
+    attention, v_is_local = attention_saved(
+        queries, keys, local * heads, kernels, load, selective, trained and not quantised
+    )
+    found += attention
+    if v_is_local:
+        views += (element * keys,)
+    if views:  # the product of the q, k, v weights; else nothing refers to it any more
+        mixed = (heads + 2 * groups) * head * element
+        if (
+            text.num_query_groups < tp
+        ):  # ranks that share a key head gather the whole product and take a view of it
+            mixed = (text.num_attention_heads + 2 * text.num_query_groups) * head * element
+        found.append(Saved(local * mixed, views))
+    found.append(Saved(4 * load.tokens // layout.cp * head * element))  # cosines and sines, for q and for k
+    one = local * text.ffn_hidden_size // tp * element
+    return [
+        *found,
+        Saved(2 * one, (one,)),
+        Saved(one, (one,)),
+        Saved(one, (one,)),
+    ]  # gate and up, up again, SiLU
+
+
+def norm_saved(width: int, tokens: int, kernels: Kernels, trained: bool) -> list[Saved]:
+    """One RMS norm: its input, 1 / rms, and where it is trained but not fused the normalised input."""
+    statistics = Saved(tokens * FP32, (tokens * FP32,))
     if kernels.fused_norm:
-        head_norms = copied * heads * head * element + FP32 * (heads + groups)
-    else:
-        upcast = (copied * heads * head if element == FP32 else (heads + groups) * head) * FP32
-        head_norms = upcast + FP32 * (heads + groups) * (head * trained + 1)
-    attention, v_is_local = attention_kept(text, layout, kernels, load, selective)
-    if not v_is_local and not kernels.fused_norm and element != FP32:
-        mixed = 0  # nothing refers to it any more
-    rotary = 4 * load.tokens // layout.cp * head * element  # cosines and sines, for q and for k
-    gated = 4 * text.ffn_hidden_size // tp * element  # gate and up, up again, SiLU of the gate
-    return norms + linears + local * (mixed + head_norms + gated) + rotary + attention
-
-
-def linear_inputs(
-    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, quantised: bool = False
-) -> int:
-    """Bytes of the inputs of a layer's products; that of the attention's output is kept by attention, in FP8 again."""
-    local = load.rows * load.tokens // layout.cp
-    normed = local // layout.tp if layout.sp else local
-    values = 2 * normed * text.hidden_size + local * text.ffn_hidden_size // layout.tp
-    if quantised:
-        return values + local * text.num_attention_heads * text.kv_channels // layout.tp
-    return kernels.element * values
+        return [Saved(tokens * width * kernels.element, (tokens * width * kernels.element,)), statistics]
+    whole = tokens * width * FP32
+    return [Saved(whole, (whole, whole)), statistics] + [Saved(whole, (whole,))] * trained
 
 
 def norm_kept(width: int, tokens: int, kernels: Kernels, trained: bool) -> int:
-    """Bytes of one RMS norm: its input, 1 / rms, and where it is trained but not fused the normalised input."""
-    unfused = width * FP32 * (1 + trained)
-    return tokens * ((width * kernels.element if kernels.fused_norm else unfused) + FP32)
+    """Bytes of one RMS norm."""
+    return sum(one.size for one in norm_saved(width, tokens, kernels, trained))
 
 
-def attention_kept(
-    text: TextConfig, layout: Layout, kernels: Kernels, load: Load, selective: bool
-) -> tuple[int, bool]:
-    """(bytes of the attention of one layer without V, whether V is kept as part of the q, k, v product)."""
-    tp, element = layout.tp, kernels.element
-    local = load.rows * load.tokens // layout.cp
-    heads, groups = text.num_attention_heads // tp, max(text.num_query_groups // tp, 1)
-    queries, keys = heads * text.kv_channels * element, groups * text.kv_channels * element
-    own = local * (2 * queries + keys)  # q, output, k
+def head_norms_saved(
+    queries: int, keys: int, head: int, copied: bool, kernels: Kernels, trained: bool
+) -> tuple[tuple[int, ...], list[Saved]]:
+    """The norms of queries and keys: (their views of the q, k, v product, what else they keep).
+
+    queries, keys: how many values they have.
+    """
+    rows, element = (queries + keys) // head, kernels.element
+    found = [Saved(FP32 * rows, (FP32 * queries // head, FP32 * keys // head))]
+    if kernels.fused_norm or element == FP32:  # the product itself, or a copy of the queries
+        times = 1 if kernels.fused_norm else 2
+        own = (queries * element,) * times
+        if copied:
+            found.append(Saved(queries * element, own))
+        views = (() if copied else own) + (keys * element,) * times
+    else:
+        views = ()
+        found += [Saved(FP32 * size, (FP32 * size,) * 2) for size in (queries, keys)]
+    if trained and not kernels.fused_norm:
+        found += [Saved(FP32 * size, (FP32 * size,)) for size in (queries, keys)]
+    return views, found
+
+
+def attention_saved(
+    queries: int, keys: int, sums: int, kernels: Kernels, load: Load, selective: bool, projected: bool
+) -> tuple[list[Saved], bool]:
+    """(the attention of one layer without V, whether V is kept as part of the q, k, v product). projected: the product
+    behind it keeps its output too."""
+    q, k = queries * kernels.element, keys * kernels.element
+    again = kernels.joined_rows and load.rows > 1 and not selective
+    output = Saved(q, (q,) * (1 + (projected and not again) - selective))
+    found = [Saved(q, (q,)), Saved(k, (k,)), output]
     if selective:
-        return own, True
-    own += local * heads * FP32  # log-sum-exp
-    if kernels.joined_rows and load.rows > 1:
-        return own + local * (keys + queries), False
-    return own, True
+        return found, True
+    found.append(Saved(sums * FP32))  # log-sum-exp
+    if again:
+        return [*found, Saved(k, (k,)), Saved(q, (q,))], False
+    return found, True
 
 
 def vision_kept(
@@ -211,9 +292,9 @@ def vision_kept(
     again = recompute.vision_chunk_views is not None and not model.freeze_vision
     split = layout.tp if layout.placement == "tensor" else 1
     for kind, count in zip((CROP, GLOBAL), mine):
-        if again:  # the pixels alone, in fp32
+        if again:  # the pixels alone
             side = (vision.crop_size, vision.image_size)[kind]
-            total += count * IMAGE_CHANNELS * side * side * FP32
+            total += count * IMAGE_CHANNELS * side * side * kernels.pixel
             continue
         if count and not model.freeze_vision:
             full = recompute.vision_num_layers if recompute.vision == "full" else 0
@@ -303,17 +384,30 @@ def tower_kept(vision: VisionConfig, kind: int, count: int, split: int, kernels:
     if group:
         groups = -(-vision.num_layers // group)
         return stem + down + groups * patches * width * element + per_view * vision.head_dim * FP32
-    table = per_view * vision.head_dim * FP32 if element == FP32 else 0  # else each block keeps a rounded one
+    shared = element == FP32 or kernels.takes(vision.head_dim)  # else each block keeps a rounded one
+    table = per_view * vision.head_dim * FP32 if shared else 0
     return stem + down + table + vision.num_layers * block_kept(vision, per_view, count, split, kernels)
 
 
 def block_kept(vision: VisionConfig, per_view: int, count: int, split: int, kernels: Kernels) -> int:
     """Bytes of one block of the tower for `count` views of `per_view` patches."""
-    width, patches, element = vision.hidden_size, count * per_view, kernels.element
-    whole = 6 * width + 4  # both norms' inputs and statistics and outputs, what the layer scales multiply
-    joined = kernels.joined_rows and count > 1
-    attention = 5 if joined else 6  # q, k, output; the product that v is a view of, or copies of v and output
-    cut = attention * width + 3 * vision.ffn_hidden_size  # x, its sigmoid, their product
+    width, inner, patches, element = (
+        vision.hidden_size,
+        vision.ffn_hidden_size // split,
+        count * per_view,
+        kernels.element,
+    )
+    operand = 1 if kernels.fp8_vision else element  # of a product
+    normed = kernels.takes(width, WIDEST_NORM) and kernels.joined_rows
+    # inputs and outputs of both norms, what the layer scales multiply; statistics, those of a fused norm in fp32
+    whole = 4 * width * element + 2 * width * operand + 2 * element + 2 * (FP32 if normed else element)
+    rotated, joined = kernels.takes(vision.head_dim), kernels.joined_rows and count > 1
+    # q, k, output; v, or the product that it is a view of; the output as the next product takes it
+    attention = (3 + (1 if rotated or joined else 3)) * width * element
+    attention += width * (operand if joined else kernels.fp8_vision)
+    # x and its sigmoid, or x alone; their product
+    activation = inner * ((1 if kernels.takes(inner) else 2) * element + operand)
     logsumexp = FP32 * vision.num_attention_heads // split
-    rotary = per_view * vision.head_dim * element if element != FP32 else 0  # cosines and sines
-    return patches * (whole * element + cut * element // split + logsumexp) + rotary
+    # cosines and sines, rounded; one fp32 table serves all blocks else
+    rotary = 0 if rotated or element == FP32 else per_view * vision.head_dim * element
+    return patches * (whole + attention // split + activation + logsumexp) + rotary

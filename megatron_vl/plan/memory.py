@@ -13,19 +13,18 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.fp8 import fp8_layers
 from megatron_vl.plan.kept import (
-    Kernels,
     Load,
     heaviest,
     heaviest_share,
     kept_by_chunk,
-    kernels_of,
     layer_kept,
+    layer_moved,
     step_views_kept,
     tower_kept,
     view_shares,
 )
+from megatron_vl.plan.kernels import HOPPER, Kernels, kernels_of_run
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.overlap import bucket_elements
@@ -43,7 +42,8 @@ class Setting:
     """What memory depends on besides layout and stage.
 
     weight_bytes: 2 or 4. loss_chunk: `train.loss_chunk_tokens`. reserve: bytes of libraries and fragmentation. bucket:
-    as `overlap.bucket_elements` says.
+    as `overlap.bucket_elements` says. waiting: bytes of a decoder layer that are to leave the device and have not when
+    its forward pass ends (`step_time.Rates`).
     """
 
     model: ModelConfig
@@ -56,22 +56,23 @@ class Setting:
     loss_chunk: int | None = None
     reserve: int = 0
     bucket: int | None = None
+    waiting: float = 0.0
 
 
 def setting_of(
-    config: RunConfig, layout: Layout, load: Load, weight_bytes: int, on_cpu: bool, reserve: int = 0
+    config: RunConfig,
+    layout: Layout,
+    load: Load,
+    weight_bytes: int,
+    on_cpu: bool,
+    reserve: int = 0,
+    capability: tuple[int, int] | None = HOPPER,
 ) -> Setting:
-    """The setting of a run in a layout."""
+    """The setting of a run in a layout. capability: of a GPU."""
     parallel = config.parallel
     return Setting(
         model=config.model,
-        kernels=kernels_of(
-            parallel.layer_backend,
-            weight_bytes,
-            on_cpu,
-            parallel.cp_comm_type,
-            fp8_layers(config.precision, config.model.text.num_layers),
-        ),
+        kernels=kernels_of_run(config, weight_bytes, on_cpu, capability),
         recompute=config.recompute,
         load=load,
         num_microbatches=num_microbatches(config.train, layout.dp),
@@ -96,10 +97,16 @@ def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -
     )
     chunks = [stage for stage in chunks if not stage.beside]
     coords = _fullest(setting, layout, chunks[0].pp_rank)
-    kept = [
-        kept_by_chunk(setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords)
-        for stage in chunks
-    ]
+    equal: dict[tuple, dict[str, int]] = {}  # interleaved, most chunks are
+    kept = []
+    for stage in chunks:
+        of_fp8 = len(setting.kernels.fp8.intersection(stage.layers))
+        kind = (len(stage.layers), of_fp8, stage.has_vision, stage.has_embedding, stage.has_head)
+        if kind not in equal:
+            equal[kind] = kept_by_chunk(
+                setting.model, layout, stage, setting.kernels, setting.load, setting.recompute, coords
+            )
+        kept.append(equal[kind])
     flights = peaks_in_flight(layout.pp, layout.vpp, chunks[0].pp_rank, setting.num_microbatches)
     sums = [sum(part.values()) for part in kept]
     flight = max(flights, key=lambda counts: sum(n * one for n, one in zip(counts, sums)))
@@ -163,7 +170,7 @@ def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
     text, recompute = model.text, setting.recompute
     local = load.rows * load.tokens // layout.cp
     most_layers = max(len(stage.layers) for stage in chunks)
-    found = [0]
+    found, waiting = [0], round(setting.waiting * most_layers)
     if most_layers:
         inner = 2 * local * 2 * text.ffn_hidden_size // layout.tp * element
         if layout.cp > 1 and not setting.kernels.ring:
@@ -171,7 +178,12 @@ def workspace(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> int:
         found.append(inner)
     if most_layers and recompute.decoder == "full":
         one = layer_kept(text, layout, setting.kernels, load, False)
-        found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1])
+        found.append(one * min(recompute.decoder_num_layers, most_layers) + found[-1] + waiting)
+    elif most_layers and recompute.offload:  # a layer's tensors on their way, beside those of the computation
+        quantised = any(setting.kernels.fp8.intersection(stage.layers) for stage in chunks)
+        selective, trained = recompute.decoder == "selective", not model.freeze_decoder
+        moved = layer_moved(text, layout, setting.kernels, load, selective, trained, quantised)[1]
+        found.append(found[-1] + max(moved, waiting))
     if any(stage.has_vision for stage in chunks):
         found.append(_passing_tower(setting, layout))
     if any(stage.has_head for stage in chunks):

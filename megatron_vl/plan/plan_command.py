@@ -1,4 +1,4 @@
-"""The `plan` command: memory and step time of one layout; and the search of `tools/plan_parallelism.py`."""
+"""The `plan` command: memory and step time of one layout; and what `tools/plan_parallelism.py` is asked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.candidates import Candidate
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.command import split_items
-from megatron_vl.plan.devices import DEVICES, GIB, device_of
+from megatron_vl.plan.devices import DEVICES, GIB, device_of, measured_values, why_not
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
-from megatron_vl.plan.plan_lines import answer_lines, question_lines, verdict_lines
-from megatron_vl.plan.search import SHOWN, Planner, Question
+from megatron_vl.plan.plan_lines import question_lines, verdict_lines
+from megatron_vl.plan.search import SHOWN, Answer, Planner, Question
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,29 +33,31 @@ def main(argv: Sequence[str]) -> int:
     config = load_checked_run(path, overrides, arguments.hf, world).config
     planner = Planner(question(arguments, config, world))
     verdict = planner.judge(candidate_of(config, world))
-    print("\n".join([*question_lines(planner.question), *verdict_lines(planner, verdict)]))
+    told = [
+        *calibration_lines(arguments),
+        *question_lines(planner.question),
+        *verdict_lines(planner, verdict),
+    ]
+    print("\n".join(told))
     sys.stdout.flush()
     return 0 if verdict.fits else 1
 
 
-def search_main(argv: Sequence[str]) -> int:
-    """Prints the ranked table. Returns 0, or 1 when nothing fits."""
-    options = parser(
-        "plan_parallelism.py", "Rank the legal layouts of a run by predicted step time; start nothing."
-    )
-    options.add_argument(
-        "--top", type=int, default=SHOWN, metavar="N", help="rows of the table (%(default)s)"
-    )
-    arguments = options.parse_intermixed_args(argv)
+def search_parser() -> argparse.ArgumentParser:
+    """What `tools/plan_parallelism.py` takes, but for its trials."""
+    made = parser("plan_parallelism.py", "Rank the legal layouts of a run by predicted step time.")
+    made.add_argument("--top", type=int, default=SHOWN, metavar="N", help="rows of the table (%(default)s)")
+    return made
+
+
+def searched(arguments: argparse.Namespace) -> tuple[Planner, Answer]:
+    """The ranked layouts of a parsed command line. Raises ConfigError."""
     if arguments.gpus is None:
         raise ConfigError("--gpus: no number of devices is given; give one")
     path, overrides = source(arguments)
     config = load_run(path, overrides, arguments.hf, lambda config: check_model(config.model)).config
     planner = Planner(question(arguments, config, arguments.gpus))
-    answer = planner.answer(arguments.top)
-    print("\n".join(answer_lines(planner, answer)))
-    sys.stdout.flush()
-    return 0 if answer.best else 1
+    return planner, planner.answer(arguments.top)
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -71,7 +73,13 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--gpu", default="H100", choices=sorted(DEVICES), help="table of the device (%(default)s)"
     )
-    made.add_argument("--calibrate", metavar="FILE", help="JSON with measured values in place of the table's")
+    made.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="JSON with measured values in place of the table's; may be given again",
+    )
     made.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of a device, in place of the table's"
     )
@@ -112,12 +120,27 @@ def question(arguments: argparse.Namespace, config: RunConfig, world_size: int) 
         )
     if world_size < 1:
         raise ConfigError(f"--gpus {world_size}: must be at least 1")
-    device = device_of(arguments.gpu, arguments.calibrate)
+    device = device_of(arguments.gpu, *arguments.calibrate)
     if arguments.memory is not None:
         if arguments.memory <= 0:
             raise ConfigError(f"--memory {arguments.memory:g}: must be more than 0 GiB")
         device = replace(device, memory=round(arguments.memory * GIB))
+    reason = why_not(config, device)
+    if reason is not None:
+        raise ConfigError(reason)
     return Question(config, device, world_size, arguments.visual_share, arguments.document_tokens)
+
+
+def calibration_lines(arguments: argparse.Namespace) -> list[str]:
+    """For each file of measured values, what of the table it replaces. Raises ConfigError."""
+    nominal, lines = DEVICES[arguments.gpu], []
+    for file in arguments.calibrate:
+        told = [
+            f"{name} {value:.4g} ({getattr(nominal, name):.4g})"
+            for name, value in measured_values(file).items()
+        ]
+        lines.append(f"Measured, from {file} (in brackets the {nominal.name} table's): {', '.join(told)}")
+    return lines
 
 
 def candidate_of(config: RunConfig, world_size: int) -> Candidate:

@@ -10,23 +10,26 @@ from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.candidates import Candidate, grouped
 from megatron_vl.plan.devices import GIB
 from megatron_vl.plan.memory import PARTS
+from megatron_vl.plan.overlap import overlap_of
 from megatron_vl.plan.search import IMAGE_CROPS, Answer, Planner, Question, Verdict
 
 UNFIT_LINES = 12
-COLUMNS = (
-    "TP", "SP", "CP", "PP", "VPP", "DP", "tower", "first", "MBS", "m", "recompute", "step s", "tok/s/rank", "MFU",
-    "bubble", "views", "GiB", "stage",
-)  # fmt: skip
+LAYOUT = ("TP", "SP", "CP", "PP", "VPP", "DP", "tower", "first", "MBS", "m", "recompute")
+COLUMNS = (*LAYOUT, "step s", "tok/s/rank", "MFU", "bubble", "views", "GiB", "stage")
 
 
 def table_lines(planner: Planner, answer: Answer) -> list[str]:
     """One row for each (TP, CP, PP) that fits, fastest first: its best setting."""
     question = planner.question
-    rows = [COLUMNS, *(_row(planner, verdict) for verdict in answer.best)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+    lines = aligned([COLUMNS, *(_row(planner, verdict) for verdict in answer.best)])
     head = f"{len(answer.best)} of the (TP, CP, PP) that fit, fastest first; predicted, not measured"
     return [*question_lines(question), f"{answer.looked_at:,} legal layouts looked at. {head}:", "", *lines]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
 
 
 def question_lines(question: Question) -> list[str]:
@@ -41,23 +44,46 @@ def question_lines(question: Question) -> list[str]:
         f"per row {images} images of {IMAGE_CROPS} crops and a global view: {visual:,} visual tokens "
         f"({visual / config.data.seq_length:.0%}); weights of {question.element} bytes; "
         f"products at {device.matmul_flops / 1e12:.3g}, attention at {device.attention_flops / 1e12:.3g} TFLOP/s",
+        _assumed(question),
     ]
+
+
+def _assumed(question: Question) -> str:
+    """What is taken to be used, where the configuration leaves it to the machine."""
+    config, kernels = question.config, question.kernels
+    backend = config.parallel.layer_backend
+    if backend == "auto":
+        backend = "torch" if kernels.joined_rows else "transformer_engine"
+    fused = f"used, projector {kernels.projector}" if kernels.fused else "not used"
+    overlap = overlap_of(config.parallel, 2, question.device.on_cpu)
+    hidden = [name for name, on in (("sums", overlap.grad_reduce), ("weights", overlap.param_gather)) if on]
+    fp8 = ""
+    if config.precision.fp8 != "none":
+        fp8 = f"; FP8 {config.precision.fp8} in {len(kernels.fp8)} of {config.model.text.num_layers} decoder layers"
+        fp8 += " and the tower" * kernels.fp8_vision
+    return f"taken: {backend} layers; fused kernels {fused}; overlapped: {' and '.join(hidden) or 'nothing'}{fp8}"
+
+
+def layout_cells(planner: Planner, candidate: Candidate) -> tuple[str, ...]:
+    """A layout under `LAYOUT`."""
+    layout, recompute = candidate.layout, candidate.recompute
+    return (
+        str(layout.tp), "yes" if layout.sp else "-", str(layout.cp), str(layout.pp),
+        str(layout.vpp) if layout.vpp > 1 else "-", str(layout.dp), layout.placement,
+        str(planner.counts(candidate)[0]) if layout.pp > 1 else "-", str(candidate.micro_batch),
+        str(candidate.num_microbatches), f"{recompute.decoder}/{_tower_again(recompute)}",
+    )  # fmt: skip
 
 
 def _row(planner: Planner, verdict: Verdict) -> tuple[str, ...]:
     candidate, question = verdict.candidate, planner.question
-    layout, recompute = candidate.layout, candidate.recompute
     step, found = verdict.time.total, planner.rates(candidate)
     tokens = question.config.train.global_batch_size * question.config.data.seq_length
     mfu = question.model_flops() / step / question.world_size / question.device.peak_flops
     balance = f"{found.tower.own / found.tower_mean:.2f}" if found.tower_mean else "-"
     return (
-        str(layout.tp), "yes" if layout.sp else "-", str(layout.cp), str(layout.pp),
-        str(layout.vpp) if layout.vpp > 1 else "-", str(layout.dp), layout.placement,
-        str(planner.counts(candidate)[0]) if layout.pp > 1 else "-", str(candidate.micro_batch),
-        str(candidate.num_microbatches), f"{recompute.decoder}/{_tower_again(recompute)}", f"{step:.2f}",
-        f"{tokens / step / question.world_size:,.0f}", f"{mfu:.1%}", f"{verdict.time.bubble / step:.1%}", balance,
-        f"{verdict.peak / GIB:.1f}", f"pp{verdict.fullest}",
+        *layout_cells(planner, candidate), f"{step:.2f}", f"{tokens / step / question.world_size:,.0f}", f"{mfu:.1%}",
+        f"{verdict.time.bubble / step:.1%}", balance, f"{verdict.peak / GIB:.1f}", f"pp{verdict.fullest}",
     )  # fmt: skip
 
 

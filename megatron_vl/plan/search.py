@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
 from megatron_vl.plan.candidates import Candidate, candidates, divisors
+from megatron_vl.plan.closing import Closing, closing_of, closing_seconds
 from megatron_vl.plan.cost import sample_flops, train_flops
 from megatron_vl.plan.devices import GIB, Device
-from megatron_vl.plan.kept import Kernels, Load, kernels_of
+from megatron_vl.plan.kept import Load
+from megatron_vl.plan.kernels import Kernels, kernels_of_run
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.memory import memory_of_stage, setting_of
-from megatron_vl.plan.overlap import bucket_elements
+from megatron_vl.plan.overlap import bucket_elements, overlap_of
 from megatron_vl.plan.stages import Stage, balanced_layers, held_stages
-from megatron_vl.plan.state_bytes import RankBytes, bytes_of_stage
-from megatron_vl.plan.step_time import Rates, StepTime, closing_seconds, rates, step_parts, step_seconds
+from megatron_vl.plan.state_bytes import RankBytes, buckets_of_stage, bytes_of_stage
+from megatron_vl.plan.step_time import Rates, StepTime, rates, step_parts, step_seconds
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 WAVE = 8  # views of a step that are encoded, and computed again, together
@@ -50,9 +52,8 @@ class Question:
 
     @property
     def kernels(self) -> Kernels:
-        """What the backend of the run keeps."""
-        parallel = self.config.parallel
-        return kernels_of(parallel.layer_backend, self.element, self.device.on_cpu, parallel.cp_comm_type)
+        """What the run has on this device."""
+        return kernels_of_run(self.config, self.element, self.device.on_cpu, self.device.capability)
 
     @property
     def images_per_row(self) -> int:
@@ -66,9 +67,10 @@ class Question:
         """A micro-batch of so many rows."""
         length = self.config.data.seq_length
         documents: tuple[int, ...] = ()
-        if self.config.data.packing.enabled and self.document_tokens:
-            whole, rest = divmod(length, self.document_tokens)
-            documents = (self.document_tokens,) * whole + ((rest,) if rest else ())
+        if self.config.data.packing.enabled:
+            each = min(self.document_tokens or length, length)
+            whole, rest = divmod(length, each)
+            documents = (each,) * whole + ((rest,) if rest else ())
         images = self.images_per_row * rows
         return Load(rows, length, IMAGE_CROPS * images, images, documents)
 
@@ -130,8 +132,11 @@ class Planner:
     def __init__(self, question: Question) -> None:
         self.question = question
         self._rates: dict[tuple, Rates] = {}
-        self._closing: dict[tuple, dict[str, float]] = {}
+        self.kernels = question.kernels
+        self._closing: dict[tuple, Closing] = {}
         self._balanced: dict[int, list[int]] = {}
+        self._stages: dict[tuple, list[list[Stage]]] = {}
+        self._loads: dict[int, Load] = {}
         self._tower: RankBytes | None = None
         self._settings: dict[bool, list[RecomputeConfig]] = {}
 
@@ -155,11 +160,11 @@ class Planner:
 
     def time(self, candidate: Candidate) -> StepTime:
         """Predicted seconds of a step."""
-        closing = sum(self.closing(candidate).values())
+        found, counts = self.rates(candidate), self.counts(candidate)
+        closing = sum(self._closing_seconds(candidate, found, counts).values())
         return step_seconds(
-            candidate.layout, self.question.device, self.rates(candidate), self.counts(candidate),
-            candidate.num_microbatches, closing,
-        )  # fmt: skip
+            candidate.layout, self.question.device, found, counts, candidate.num_microbatches, closing
+        )
 
     def parts(self, candidate: Candidate) -> dict[str, float]:
         """What the seconds are made of."""
@@ -173,14 +178,19 @@ class Planner:
         question, layout, recompute = self.question, candidate.layout, candidate.recompute
         key = (
             layout.tp, layout.cp, layout.pp, layout.sp, layout.placement, candidate.micro_batch,
-            recompute.decoder, recompute.vision, recompute.vision_chunk_views,
+            recompute.decoder, recompute.vision, recompute.vision_chunk_views, recompute.offload,
         )  # fmt: skip
         if key not in self._rates:
             self._rates[key] = rates(
-                question.config.model, layout, question.device, question.kernels,
-                question.load(candidate.micro_batch), recompute, candidate.num_microbatches,
+                question.config.model, layout, question.device, self.kernels,
+                self._load(candidate.micro_batch), recompute, candidate.num_microbatches,
             )  # fmt: skip
         return self._rates[key]
+
+    def _load(self, rows: int) -> Load:
+        if rows not in self._loads:
+            self._loads[rows] = self.question.load(rows)
+        return self._loads[rows]
 
     def counts(self, candidate: Candidate) -> Sequence[int]:
         """Decoder layers of each chunk in pipeline order."""
@@ -192,40 +202,61 @@ class Planner:
         return self._balanced[chunks]
 
     def closing(self, candidate: Candidate) -> dict[str, float]:
-        """Seconds behind the last micro-batch."""
+        """Seconds behind the last micro-batch that nothing hides, by part."""
+        return self._closing_seconds(candidate, self.rates(candidate), self.counts(candidate))
+
+    def _closing_seconds(self, candidate: Candidate, found: Rates, counts: Sequence[int]) -> dict[str, float]:
+        layout, device, back = candidate.layout, self.question.device, found.layer.own - found.forward
+        forward = [count * found.forward for count in counts[: layout.pp]]
+        backward = [count * back for count in counts[: layout.pp]]
+        overlap = overlap_of(self.question.config.parallel, layout.dp * layout.cp, device.on_cpu)
+        return closing_seconds(self._closing_of(candidate), overlap, device.on_cpu, forward, backward)
+
+    def _closing_of(self, candidate: Candidate) -> Closing:
+        """What the layout has to communicate and to update there."""
         question, layout = self.question, candidate.layout
         key = (layout.tp, layout.cp, layout.pp, layout.vpp, layout.placement, candidate.layers)
-        if key not in self._closing:
-            parallel = question.config.parallel
-            distributed = parallel.use_distributed_optimizer
-            bucket = bucket_elements(parallel, layout.dp * layout.cp, question.device.on_cpu)
-            model, element, tower = question.config.model, question.element, None
-            stages = self.stages(candidate)
-            if layout.tower_beside:
-                stages, beside = [of_rank[:-1] for of_rank in stages], stages[0][-1:]
-                if self._tower is None:  # every rank's, cut over all of them in every layout
-                    self._tower = bytes_of_stage(model, layout, beside, element, distributed)
-                tower = self._tower
-            state = [
-                bytes_of_stage(model, layout, stages[pp], element, distributed, bucket)
-                for pp in _can_be_fullest(stages)
-            ]
-            self._closing[key] = closing_seconds(
-                model, layout, question.device, state, element, distributed, tower
+        if key in self._closing:
+            return self._closing[key]
+        parallel = question.config.parallel
+        distributed = parallel.use_distributed_optimizer
+        bucket = bucket_elements(parallel, layout.dp * layout.cp, question.device.on_cpu)
+        model, element, tower = question.config.model, question.element, None
+        stages = self.stages(candidate)
+        if layout.tower_beside:
+            stages, beside = [of_rank[:-1] for of_rank in stages], stages[0][-1:]
+            if self._tower is None:  # every rank's, cut over all of them in every layout
+                self._tower = bytes_of_stage(model, layout, beside, element, distributed)
+            tower = self._tower
+        state = {
+            pp: (
+                bytes_of_stage(model, layout, stages[pp], element, distributed, bucket),
+                buckets_of_stage(model, layout, stages[pp], distributed, bucket),
             )
-        return self._closing[key]
+            for pp in _can_be_fullest(stages)
+        }
+        found = closing_of(model, layout, question.device, state, element, distributed, tower)
+        self._closing[key] = found
+        return found
 
     def stages(self, candidate: Candidate) -> list[list[Stage]]:
         """What each pipeline rank of a layout holds."""
-        num_layers = self.question.config.model.text.num_layers
-        return held_stages(num_layers, candidate.layout, candidate.layers)
+        layout, num_layers = candidate.layout, self.question.config.model.text.num_layers
+        key = (layout.pp, layout.vpp, layout.tower_beside, candidate.layers)
+        if key not in self._stages:
+            self._stages[key] = held_stages(num_layers, layout, candidate.layers)
+        return self._stages[key]
 
     def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
         """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""
         question, layout, stages = self.question, candidate.layout, self.stages(candidate)
-        device, load = question.device, question.load(candidate.micro_batch)
+        device, load = question.device, self._load(candidate.micro_batch)
         run = candidate.run(question.config)
-        setting = setting_of(run, layout, load, question.element, device.on_cpu, device.reserve)
+        setting = setting_of(
+            run, layout, load, question.element, device.on_cpu, device.reserve, device.capability
+        )
+        if candidate.recompute.offload:
+            setting = replace(setting, waiting=self.rates(candidate).waiting)
         wanted = range(layout.pp) if every_stage else _can_be_fullest(stages)
         memory = {pp: memory_of_stage(setting, layout, stages[pp]) for pp in wanted}
         return Verdict(candidate, self.time(candidate), memory, question.device.memory)
@@ -238,7 +269,7 @@ class Planner:
                 refused.append(found)
                 continue
             looked_at += 1
-            first = replace(found, recompute=self.settings(found.layout)[0])
+            first = found.with_recompute(self.settings(found.layout)[0])
             queue.append((self.time(first).total, looked_at, 0, first))
         heapq.heapify(queue)
         best: dict[tuple, Verdict] = {}
@@ -254,7 +285,7 @@ class Planner:
                 continue
             settings = self.settings(layout)
             if level == 0 and len(settings) > 1:
-                least = self.judge(replace(candidate, recompute=settings[-1]), every_stage=False)
+                least = self.judge(candidate.with_recompute(settings[-1]), every_stage=False)
                 if not least.fits:
                     hopeless[kind] = candidate.micro_batch
                     self._keep_smaller(unfit, sizes, least)
@@ -263,7 +294,7 @@ class Planner:
             if verdict.fits:
                 best[sizes] = self.judge(candidate)
             elif level + 1 < len(settings):
-                later = replace(candidate, recompute=settings[level + 1])
+                later = candidate.with_recompute(settings[level + 1])
                 heapq.heappush(queue, (self.time(later).total, number, level + 1, later))
             else:
                 self._keep_smaller(unfit, sizes, verdict)
@@ -286,7 +317,7 @@ class Planner:
                     layout = Layout(tp, cp, question.world_size // tp // cp, 1, 1, tp > 1, placement)
                     try:
                         one = rates(
-                            question.config.model, layout, question.device, question.kernels, question.load(1),
+                            question.config.model, layout, question.device, self.kernels, question.load(1),
                             RecomputeConfig(),
                         )  # fmt: skip
                     except ZeroDivisionError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_vl.config.model import ModelConfig, TextConfig, VisionConfig
@@ -62,10 +62,14 @@ def bytes_of_stage(
     padding in them hold less (`bytes_of_rank`). bucket: as `overlap.bucket_elements` says.
     """
     weights = gradients = optimizer = 0
+    equal: dict[tuple, tuple[int, int]] = {}  # interleaved, most chunks are
     for stage in stage_chunks:
         cut = bucket if is_cut(stage) else None
         shards = pieces_of(layout, stage) if distributed_optimizer else 1
-        frozen, length = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
+        kind = (len(stage.layers), stage.has_vision, stage.has_embedding, stage.has_head, cut, shards)
+        if kind not in equal:
+            equal[kind] = chunk_lengths(model, layout, stage, shards, distributed_optimizer, cut)
+        frozen, length = equal[kind]
         weights += weight_bytes * (frozen + length)
         gradients += GRADIENT_BYTES * length
         optimizer += state_element_bytes(weight_bytes) * (length // shards)
@@ -128,29 +132,10 @@ def chunk_lengths(
     marks = (stage.has_vision, stage.has_embedding, stage.has_head)
     multiple = math.lcm(shards, BUCKET_END) if padded else 1
     inner = 1 if bucket is None else multiple  # one bucket is padded below, so that its length is found once
-    kept, end = _lengths(
+    kept, end, _ = _cut(
         model.vision, model.text, layout.tp, split, len(stage.layers), marks, frozen_parts(model), padded, bucket, inner
     )  # fmt: skip
     return kept, padded_to(end, multiple)
-
-
-@lru_cache(maxsize=4096)
-def _lengths(
-    vision: VisionConfig,
-    text: TextConfig,
-    tp: int,
-    split: int,
-    num_layers: int,
-    marks: tuple[bool, bool, bool],
-    frozen: tuple[str, ...],
-    padded: bool,
-    bucket: int | None,
-    multiple: int,
-) -> tuple[int, int]:
-    """(elements of frozen weights, end of the buffer of trained ones)."""
-    weights = weights_of_dimensions(vision, text, tp, split, num_layers, *marks)
-    kept = sum(weight.size for weight in weights if weight.part in frozen)
-    return kept, max((b.end for b in _buckets(weights, frozen, padded, bucket, multiple)), default=0)
 
 
 def owned(
@@ -199,3 +184,68 @@ def _buckets(
     if spans:
         found.append(_Bucket(first, padded_to(end, multiple), spans))
     return found
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A stage's buckets for communication, in elements.
+
+    count: how many; late, late_count: length and number of those with weights of tower or projector; last: the one of
+    the others that is filled last; ahead: what comes in before the first decoder layer's weights, which are the late
+    ones and, with the embedding, the one filled last.
+    """
+
+    count: int
+    late: int = 0
+    late_count: int = 0
+    last: int = 0
+    ahead: int = 0
+
+
+def buckets_of_stage(
+    model: ModelConfig, layout: Layout, stage_chunks: Sequence[Stage], padded: bool, bucket: int | None
+) -> Buckets:
+    """stage_chunks, bucket: as for `bytes_of_stage`, without a tower beside. padded: with the distributed optimizer."""
+    first = stage_chunks[0]
+    if not is_cut(first):
+        return Buckets(len(stage_chunks))
+    multiple = math.lcm(pieces_of(layout, first), BUCKET_END) if padded and bucket is not None else 1
+    split = layout.tp if layout.placement == "tensor" else 1
+    marks = (first.has_vision, first.has_embedding, first.has_head)
+    _, _, found = _cut(
+        model.vision, model.text, layout.tp, split, len(first.layers), marks, frozen_parts(model), padded, bucket,
+        multiple,
+    )  # fmt: skip
+    return replace(found, count=found.count + len(stage_chunks) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _cut(
+    vision: VisionConfig,
+    text: TextConfig,
+    tp: int,
+    split: int,
+    num_layers: int,
+    marks: tuple[bool, bool, bool],
+    frozen: tuple[str, ...],
+    padded: bool,
+    bucket: int | None,
+    multiple: int,
+) -> tuple[int, int, Buckets]:
+    """(elements of frozen weights, end of the buffer of trained ones, its buckets) of one chunk.
+
+    The buffer begins with the last weight, so that it ends with embedding, projector and tower.
+    """
+    weights = weights_of_dimensions(vision, text, tp, split, num_layers, *marks)
+    kept = sum(weight.size for weight in weights if weight.part in frozen)
+    early = sum(weight.part == "decoder" and "decoder" not in frozen for weight in weights)
+    found = _buckets(weights, frozen, padded, bucket, multiple)
+    late = late_count = last = seen = 0
+    for one in found:
+        seen += len(one.spans)
+        if seen > early:  # holds a weight of projector or tower
+            late, late_count = late + one.end - one.start, late_count + 1
+        else:
+            last = one.end - one.start
+    end = found[-1].end if found else 0
+    return kept, end, Buckets(len(found), late, late_count, last, late + last)

@@ -1,9 +1,9 @@
 """Predicted seconds of an optimizer step: compute by part, collectives by link, pipeline bubbles, balance of views.
 
 Compute is the cost model's FLOPs over what a device reaches (`plan/devices.py`), plus the memory traffic of
-element-wise work, taken as a multiple of the bytes that a layer keeps. A ring over n ranks moves (n - 1) / n of the
-bytes for an all-gather or a reduce-scatter, twice that for an all-reduce. Nothing that this trainer does not overlap
-is taken as hidden: reduction of gradients, gathering of weights and tensor-parallel collectives stand in full.
+element-wise work: counted for the tower (`plan/traffic.py`), for decoder layers a multiple of the bytes that one keeps,
+and counted casts where its products are in FP8. Nothing that this trainer does not overlap is taken as hidden:
+tensor-parallel collectives stand in full. What follows the last micro-batch is in `plan/closing.py`.
 """
 
 from __future__ import annotations
@@ -16,96 +16,74 @@ from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.cost import (
     TOWER_PARTS,
     decoder_layer_flops,
-    parameters,
     train_multipliers,
     view_costs,
     view_flops,
 )
 from megatron_vl.plan.devices import Device
-from megatron_vl.plan.kept import Kernels, Load, block_kept, layer_kept, view_shares
+from megatron_vl.plan.kept import SMALLEST_MOVED, Load, hidden_bytes, layer_kept, layer_moved, view_shares
+from megatron_vl.plan.kernels import Kernels
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.state_bytes import GRADIENT_BYTES, RankBytes
+from megatron_vl.plan.links import link
 from megatron_vl.plan.tensors import padded_to
+from megatron_vl.plan.traffic import layer_casts, tower_traffic
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
-TRAFFIC = 4.0  # element-wise reads and writes per kept byte, forward and backward
-TRAFFIC_AGAIN = 2.0  # more of them when the forward pass is repeated
-OPTIMIZER_TRAFFIC = (
-    28  # bytes per owned element: gradient, fp32 weight and moments read and written, weight written
-)
-GRADIENT_TRAFFIC = 12  # bytes per element of the buffer: zeroed, scaled by the token count, read for the norm
-
-
-@dataclass(frozen=True)
-class Link:
-    """A ring over ``size`` ranks: bytes per second of each rank, and latency of a collective."""
-
-    size: int
-    rate: float
-    latency: float
-
-    def gather(self, size_in_bytes: float) -> float:
-        """Seconds of an all-gather or reduce-scatter whose whole tensor has so many bytes."""
-        return (
-            0.0 if self.size == 1 else (self.size - 1) / self.size * size_in_bytes / self.rate + self.latency
-        )
-
-    def reduce(self, size_in_bytes: float) -> float:
-        """Seconds of an all-reduce."""
-        return 2 * self.gather(size_in_bytes)
-
-
-def link(device: Device, size: int, stride: int, ranks: int) -> Link:
-    """The ring of a group of ``size`` ranks that are ``stride`` apart in a world of ``ranks``.
-
-    Between nodes a group has the network shares of those of its members that sit in one node.
-    """
-    crowd = max(1.0, ranks / device.processors) if device.on_cpu else 1.0
-    if size * stride <= device.node_ranks:
-        return Link(size, device.intra_bytes / crowd, device.collective_seconds * crowd)
-    members = min(size, max(1, device.node_ranks // stride))
-    rate = min(device.intra_bytes, members * device.inter_bytes)
-    return Link(size, rate, device.inter_seconds)
+TRAFFIC = 2.0  # element-wise reads and writes of a decoder layer per kept byte, forward, and backward as many
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Seconds of a micro-batch, forward and backward, by kind."""
+    """Seconds of a micro-batch, forward and backward, by kind. host: waiting for off-loaded activations."""
 
     compute: float
     element: float
     tensor: float = 0.0
     context: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum of all kinds."""
-        return self.compute + self.element + self.tensor + self.context
+        return self.compute + self.element + self.tensor + self.context + self.host
 
     @property
     def own(self) -> float:
-        """Without collectives."""
+        """Without collectives and the host."""
         return self.compute + self.element
 
-    def divided(self, by: int) -> Piece:
-        """A part of it."""
-        return Piece(self.compute / by, self.element / by, self.tensor / by, self.context / by)
+    def times(self, factor: float) -> Piece:
+        """So many of it."""
+        return Piece(
+            self.compute * factor, self.element * factor, self.tensor * factor, self.context * factor,
+            self.host * factor,
+        )  # fmt: skip
+
+    def __add__(self, other: Piece) -> Piece:
+        return Piece(
+            self.compute + other.compute, self.element + other.element, self.tensor + other.tensor,
+            self.context + other.context, self.host + other.host,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Rates:
     """What the parts of a micro-batch cost on a rank of a layout.
 
-    layer: one decoder layer. tower: the heaviest share of the views; tower_mean: the mean share; in placement `all` of
+    layer: one decoder layer, the mean of those in FP8 and those that are not; forward: of its own seconds those of
+    the forward pass. tower: the heaviest share of the views; tower_mean: the mean share; in placement `all` of
     a whole step, over the number of its micro-batches. head: loss included.
-    border: seconds of a hidden state between two stages, forward and back.
+    border: seconds of a hidden state between two stages, forward and back. waiting: bytes that a decoder layer
+    off-loads and that have not left when its forward pass ends.
     """
 
     layer: Piece
+    forward: float
     tower: Piece
     tower_mean: float
     head: Piece
     border: float
+    waiting: float = 0.0
 
 
 def rates(
@@ -121,21 +99,17 @@ def rates(
     text, ranks = model.text, layout.world_size
     cut = layout.tp * layout.cp
     multiplier = train_multipliers(model, recompute)
-    lengths = load.documents or (load.tokens,)
-    linear, attention = decoder_layer_flops(model, lengths * load.rows, load.rows * load.tokens)
-    passes = multiplier["decoder_linear"]
     local = load.rows * load.tokens // layout.cp
     slower = 1 + device.half_rows / local  # products of few rows do not fill a device
-    compute = linear * passes / device.matmul_flops
-    compute += attention * multiplier["decoder_attention"] / device.attention_flops
-    kept = layer_kept(text, layout, kernels, load, False)
-    traffic = TRAFFIC + TRAFFIC_AGAIN * (recompute.decoder == "full")
-    layer = Piece(
-        slower * compute / cut + passes * device.layer_seconds,
-        traffic * kept / device.element_bytes,
-        _tensor_seconds(model, layout, device, kernels, load, recompute),
-        _context_seconds(model, layout, device, kernels, load, recompute, attention / cut),
-    )
+    small = len(kernels.fp8) / text.num_layers
+    of_layer = (model, layout, device, kernels, load, recompute, multiplier, slower)
+    layer, forward = _layer(*of_layer, quantised=small > 0)
+    if 0 < small < 1:  # a mean layer
+        other, its_forward = _layer(*of_layer, quantised=False)
+        layer, forward = (
+            layer.times(small) + other.times(1 - small),
+            small * forward + (1 - small) * its_forward,
+        )
     words = padded_to(text.vocab_size, layout.tp)
     again = multiplier["lm_head"] + 1  # the backward pass of the loss computes the logits again
     head_flops = 2 * load.rows * load.tokens * text.hidden_size * words / cut
@@ -151,23 +125,81 @@ def rates(
     if together > 1:
         views = replace(load, crops=load.crops * together, globals=load.globals * together)
     tower, mean = _tower(model, layout, device, kernels, views, recompute, multiplier)
-    tower, mean = tower.divided(together), mean / together
+    tower, mean = tower.times(1 / together), mean / together
     to_next = link(device, 2, layout.tp * layout.cp * layout.dp, ranks)
     border = 0.0
     if layout.pp > 1:
         sent = hidden / (layout.tp if layout.sp else 1)
         border = 2 * (sent / to_next.rate + device.transfer_seconds)
-    return Rates(layer, tower, mean, head, border)
+    waiting = 0.0
+    if recompute.offload and not device.on_cpu:
+        moved = moved_of_layer(model, layout, kernels, load, recompute, small > 0)
+        waiting = max(0.0, moved - forward * device.host_bytes)
+    return Rates(layer, forward, tower, mean, head, border, waiting)
 
 
-def _tensor_seconds(model, layout, device, kernels, load, recompute) -> float:
-    """Collectives of one decoder layer over TP, not overlapped."""
+def _layer(
+    model, layout, device, kernels, load, recompute, multiplier: Mapping[str, int], slower: float, quantised: bool
+) -> tuple[Piece, float]:  # fmt: skip
+    """(one decoder layer, seconds of its forward pass without collectives)."""
+    text, cut = model.text, layout.tp * layout.cp
+    lengths = load.documents or (load.tokens,)
+    linear, attention = decoder_layer_flops(model, lengths * load.rows, load.rows * load.tokens)
+    passes, again = multiplier["decoder_linear"], recompute.decoder == "full"
+    rate = device.matmul_flops_fp8 if quantised and device.matmul_flops_fp8 else device.matmul_flops
+    products, sums = slower * linear / rate / cut, slower * attention / device.attention_flops / cut
+    traffic = TRAFFIC * layer_kept(text, layout, kernels, load, False)
+    forward, backward = traffic, traffic * (1 + again)
+    if quantised:
+        local = load.rows * load.tokens // layout.cp
+        casts = layer_casts(text, layout.tp, local, kernels.element, not model.freeze_decoder)
+        forward, backward = forward + casts.forward, backward + casts.backward + again * casts.forward
+    one_pass = products + sums + device.layer_seconds + forward / device.element_bytes
+    moved = moved_of_layer(model, layout, kernels, load, recompute, quantised)
+    compute = products * passes + sums * multiplier["decoder_attention"] + passes * device.layer_seconds
+    element = (forward + backward) / device.element_bytes
+    found = Piece(
+        compute,
+        element,
+        _tensor_seconds(model, layout, device, kernels, load, recompute, quantised),
+        _context_seconds(model, layout, device, kernels, load, recompute, attention / cut),
+        _host_seconds(moved, device, one_pass, compute + element),
+    )
+    return found, one_pass
+
+
+def _host_seconds(moved: float, device: Device, forward: float, both: float) -> float:
+    """What off-loading so many bytes of a layer takes beyond the computation beside it.
+
+    Copies out go beside the forward pass, and all of them before the first one back, which go beside the backward pass;
+    on a CPU beside nothing.
+    """
+    one_way, beside = moved / device.host_bytes, 0.0 if device.on_cpu else 1.0
+    return max(0.0, one_way - beside * forward) + max(0.0, one_way - beside * (both - forward))
+
+
+def moved_of_layer(model, layout, kernels, load, recompute, quantised: bool) -> float:
+    """Bytes that one decoder layer sends to host memory, one way."""
+    if not recompute.offload:
+        return 0.0
+    if recompute.decoder == "full":
+        moved = hidden_bytes(model.text, layout, kernels, load)
+        return moved / recompute.decoder_num_layers if moved >= SMALLEST_MOVED else 0.0
+    selective, trained = recompute.decoder == "selective", not model.freeze_decoder
+    return layer_moved(model.text, layout, kernels, load, selective, trained, quantised)[1]
+
+
+def _tensor_seconds(model, layout, device, kernels, load, recompute, quantised: bool) -> float:
+    """Collectives of one decoder layer over TP, not overlapped. In FP8 the torch layers gather tokens so."""
     if layout.tp == 1:
         return 0.0
     ring = link(device, layout.tp, 1, layout.world_size)
     hidden = load.rows * load.tokens // layout.cp * model.text.hidden_size * kernels.element
-    forward = 4 * ring.gather(hidden) if layout.sp else 2 * ring.reduce(hidden)
-    backward = forward + (2 * ring.gather(hidden) if layout.sp else 0.0)
+    if not layout.sp:
+        return (2 + (recompute.decoder == "full")) * 2 * ring.reduce(hidden)
+    inputs = hidden / kernels.element if quantised and kernels.joined_rows else hidden
+    forward = 2 * ring.gather(inputs) + 2 * ring.gather(hidden)
+    backward = 4 * ring.gather(hidden) + 2 * ring.gather(inputs)  # inputs are gathered again
     return forward * (1 + (recompute.decoder == "full")) + backward
 
 
@@ -197,17 +229,29 @@ def _tower(
     patches = (vision.crop_grid**2, vision.global_grid**2)
     tokens = (vision.crop_tokens, vision.global_tokens)
     again = (recompute.vision == "full") + (recompute.vision_chunk_views is not None)
-    traffic = TRAFFIC + TRAFFIC_AGAIN * again if not model.freeze_vision else 1.0
-    compute, element = [], []
+    small = device.matmul_flops_fp8 if kernels.fp8_vision and device.matmul_flops_fp8 else device.matmul_flops
+    compute = []
     for kind in (CROP, GLOBAL):
         flops = view_flops(model, kind)
-        attention = flops["vision_attention"] * multiplier["vision_attention"]
-        others = sum(flops[part] * multiplier[part] for part in TOWER_PARTS) - attention
-        compute.append((others / device.matmul_flops + attention / device.attention_flops) / split)
-        kept = vision.num_layers * block_kept(vision, patches[kind], 1, split, kernels)
-        element.append(traffic * kept / device.element_bytes)
-    shares = set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
-    mine = max(shares, key=lambda share: _dot(share, compute) + _dot(share, element))
+        seconds = {part: flops[part] * multiplier[part] / device.matmul_flops for part in TOWER_PARTS}
+        seconds["vision_linear"] *= device.matmul_flops / small
+        seconds["vision_attention"] *= device.matmul_flops / device.attention_flops
+        compute.append(sum(seconds.values()) / split)
+
+    repeated, backward = (1, 0) if model.freeze_vision else (1 + again, 1)
+
+    def element(share: tuple[int, int]) -> float:
+        crops, wholes = (
+            tower_traffic(vision, kind, count, split, kernels) for kind, count in zip((CROP, GLOBAL), share)
+        )
+        moved = repeated * (crops.forward + wholes.forward) + backward * (crops.backward + wholes.backward)
+        return moved / device.element_bytes
+
+    moves = {
+        share: element(share)
+        for share in set(view_shares(load.crops, load.globals, layout.vision_size, view_costs(model)))
+    }
+    mine = max(moves, key=lambda share: _dot(share, compute) + moves[share])
     launches = sum(map(bool, mine)) * vision.num_layers * multiplier["vision_linear"] * device.layer_seconds
     tensor = context = 0.0
     if split > 1:
@@ -224,8 +268,8 @@ def _tower(
         stride = layout.dp if layout.tower_beside and layout.pp > 1 else 1
         group = link(device, ranks, stride, layout.world_size)
         context = 2 * group.gather(features / min(layout.vision_size, owners))
-    most = Piece(_dot(mine, compute) + launches, _dot(mine, element), tensor, context)
-    return most, (_dot(all_views, compute) + _dot(all_views, element)) / layout.vision_size
+    most = Piece(_dot(mine, compute) + launches, moves[mine], tensor, context)
+    return most, (_dot(all_views, compute) + element(all_views)) / layout.vision_size
 
 
 def _dot(counts: Sequence[float], values: Sequence[float]) -> float:
@@ -293,55 +337,12 @@ def step_parts(
             + [found.head] * (chunk == last)
         )
     mine = max(ranks, key=lambda pieces: sum(piece.total for piece in pieces))
-    parts = dict.fromkeys(("decoder", "tower", "head", "tp", "cp"), 0.0)
+    parts = dict.fromkeys(("decoder", "tower", "head", "tp", "cp", "host"), 0.0)
     for piece in mine:
         name = "tower" if piece is found.tower else "head" if piece is found.head else "decoder"
         parts[name] += num_microbatches * piece.own
         parts["tp"] += num_microbatches * piece.tensor
         parts["cp"] += num_microbatches * piece.context
+        parts["host"] += num_microbatches * piece.host
     waiting = time.total - sum(parts.values()) - sum(closing.values())
     return parts | {"waiting": max(0.0, waiting)} | dict(closing)
-
-
-def closing_seconds(
-    model: ModelConfig,
-    layout: Layout,
-    device: Device,
-    state: Sequence[RankBytes],
-    weight_bytes: int,
-    distributed: bool,
-    tower: RankBytes | None = None,
-) -> dict[str, float]:
-    """What follows the last micro-batch: sums of gradients over DP x CP (and the tower's over TP, or in placement `all`
-    over all ranks), the optimizer, and the gathering of weights. state: of stages, the slowest of which counts; tower:
-    of one beside them."""
-    shards = layout.dp * layout.cp
-    ring = link(device, shards, layout.tp, layout.world_size)
-    over_tp = link(device, layout.tp, 1, layout.world_size)
-    counts = parameters(model)
-    sums, updates = [], []
-    for stage, held in enumerate(state):
-        elements = held.gradients // GRADIENT_BYTES
-        if distributed:
-            seconds = ring.gather(held.gradients) + ring.gather(weight_bytes * elements)
-        else:
-            seconds = ring.reduce(held.gradients)
-        if stage == 0 and layout.tp > 1 and layout.placement == "data" and not model.freeze_vision:
-            seconds += over_tp.reduce(GRADIENT_BYTES * (counts["vision"] + counts["projector"]))
-        owned = elements / shards if distributed else elements
-        sums.append(seconds)
-        traffic = OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements
-        crowd = layout.world_size / device.processors if device.on_cpu else 1.0
-        updates.append(traffic / device.element_bytes * max(1.0, crowd))
-    closing = {"dp": max(sums), "optimizer": max(updates)}
-    if tower is None:
-        return closing
-    elements = tower.gradients // GRADIENT_BYTES
-    everyone = link(device, layout.world_size, 1, layout.world_size)
-    if distributed:
-        closing["dp"] += everyone.gather(tower.gradients) + everyone.gather(weight_bytes * elements)
-    else:
-        closing["dp"] += everyone.reduce(tower.gradients)
-    owned = elements / layout.world_size if distributed else elements
-    closing["optimizer"] += (OPTIMIZER_TRAFFIC * owned + GRADIENT_TRAFFIC * elements) / device.element_bytes
-    return closing

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from megatron_vl.bench import collectives
 from megatron_vl.bench.against_plain import in_turns, plain_step
 from megatron_vl.bench.quick_weights import QuickWeights
 from megatron_vl.bench.step_rank import measure
 from megatron_vl.bench.synthetic import micro_batches, shape_of
 from megatron_vl.config.load import LoadedRun
-from megatron_vl.config.schema import RunConfig
+from megatron_vl.config.schema import ParallelConfig, RunConfig
 from megatron_vl.ops.cross_entropy import Scoring, score_tokens
 from megatron_vl.parallel.heartbeat import Phase
 from megatron_vl.parallel.runtime import choose_device, start
@@ -25,6 +26,12 @@ def step_on_rank(config: RunConfig, options: argparse.Namespace) -> tuple[str, d
     """`benchmark_throughput.py step` without its launcher."""
     runtime = start(config.parallel, config.train.seed, choose_device("cpu"))
     return measure(LoadedRun(config, {}), False, runtime, Phase("testing"), options)
+
+
+def collectives_on_rank(kib: list[int], repeats: int) -> dict[str, Any]:
+    """The record of `benchmark_throughput.py collectives` over two data-parallel ranks."""
+    config = RunConfig(parallel=ParallelConfig(device="cpu"))
+    return collectives.measure(config, start(config.parallel, 1, choose_device("cpu")), kib, repeats)
 
 
 def against_plain(config: RunConfig, turns: int) -> dict[str, Any]:

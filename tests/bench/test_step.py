@@ -54,6 +54,7 @@ def test_layouts(world, ranks, parallel):
     assert all(phase in text for phase in PHASES) and "synthetic rows" in text
     seconds = record["step_seconds"]
     assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"] and record["steps"] == 2
+    assert 0 < record["processor_seconds"] < 1.5 * ranks * seconds["max"]
     phases = record["phases"]
     assert all(phase["first"] > -1e-6 for phase in phases.values())
     # at two steps the median is their mean, and so are the phases'; the step's time is the slowest rank's
@@ -119,10 +120,11 @@ def test_one_rank_of_many_alone(tmp_path):
 @pytest.mark.slow
 def test_local_ranks_and_against_plain(tmp_path):
     record = tmp_path / "step.json"
-    done = run_tool(tmp_path, "--nproc", "2", "--steps", "2", "--warmup", "1", "--json", str(record))
+    options = ["--steps", "2", "--warmup", "1", "--json", str(record)]
+    done = run_tool(tmp_path, "--nproc", "2", *options, "train.micro_batch_size=1")
     assert done.returncode == 0, done.stderr
     assert json.loads(record.read_text())["ranks"] == 2 and done.stdout.count("MFU") == 1
-    done = run_tool(tmp_path, "--against-plain", "--steps", "2", "--warmup", "1", "--json", str(record))
+    done = run_tool(tmp_path, "--against-plain", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads(record.read_text())
     assert found["loss_difference"] < 1e-5 and 0 < found["adapter"]["share"] < 0.05 < found["ratio"]["median"]

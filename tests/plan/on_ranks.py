@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 
 from megatron_vl.config.schema import RunConfig
+from megatron_vl.model import step3_vl
+from megatron_vl.model.offload import Offload
 from megatron_vl.model.step3_vl import StageInputs
 from megatron_vl.parity.reference import Batches, micro_batches
 from megatron_vl.plan.layout import Coords
@@ -32,7 +35,11 @@ class Held:
 
 def held_on_rank(config: RunConfig) -> Held:
     """Bytes of weights, gradients and optimizer after one step with zero gradients."""
-    parts = build_parts(config, with_optimizer=True)
+    return held_of(build_parts(config, with_optimizer=True))
+
+
+def held_of(parts: Parts) -> Held:
+    """The same of a rank that is built, whose gradients are zero."""
     update(parts, 0.0)
     chunks = [chunk.module for chunk in parts.chunks]
     buffers = [buffer for chunk in parts.chunks for buffer in chunk.buffers]
@@ -67,10 +74,14 @@ def storages(tensors: Iterable[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that the forward pass of one micro-batch keeps on a rank, by chunk and part."""
+    """Bytes that the forward pass of one micro-batch keeps on a rank, by chunk and part. moved: to host memory."""
 
     coords: Coords
     chunks: list[dict[str, int]]
+    moved: int = 0
+
+
+watching: list[Callable[[torch.Tensor], _Saved]] = []  # who counts what is saved just now
 
 
 class _Saved:
@@ -85,10 +96,40 @@ class _Saved:
 
 def kept_on_rank(config: RunConfig, batches: Batches) -> Kept:
     """Run every chunk forward once, alone; stages behind the first get random hidden states."""
-    parts = build_parts(config)
-    batch = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)[0]
+    return kept_of(build_parts(config), batches)
+
+
+def kept_of(parts: Parts, batches: Batches) -> Kept:
+    """The same of a rank that is built."""
+    batch = micro_batches(batches, parts.config.model, parts.runtime.layout, parts.runtime.rank)[0]
     inputs = stage_inputs(batch, parts.runtime.device)
     return Kept(parts.runtime.coords, [kept_by_chunk(parts, chunk.module, inputs) for chunk in parts.chunks])
+
+
+def kept_with_offload(config: RunConfig, batches: Batches, smallest: int) -> Kept:
+    """The same with `recompute.offload`, which moves tensors from ``smallest`` bytes on; those do not count as kept."""
+    made: list[Watched] = []
+
+    class Watched(Offload):
+        """Tells of what it leaves alone."""
+
+        def _leave(self, x: torch.Tensor):
+            left = super()._leave(x)
+            return watching[-1](x) if isinstance(left, torch.Tensor) else left
+
+    def offload(parameters: Iterable[torch.nn.Parameter]) -> Watched:
+        made.append(Watched(parameters, smallest))
+        return made[-1]
+
+    with patch.object(step3_vl, "Offload", offload):
+        kept = kept_on_rank(config, batches)
+    return replace(kept, moved=sum(one.bytes for one in made))
+
+
+def held_and_kept(config: RunConfig, batches: Batches) -> tuple[Held, Kept]:
+    """Both, of one rank that is built once."""
+    parts = build_parts(config, with_optimizer=True)
+    return held_of(parts), kept_of(parts, batches)
 
 
 def kept_of_step(config: RunConfig, batches: Batches) -> tuple[Coords, int]:
@@ -145,6 +186,7 @@ def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> di
             lambda module, args: part.append("loss")
         )
     net.train()
+    watching.append(pack)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         out = net(inputs)
     found: dict[int, tuple[str, int]] = {}
@@ -153,10 +195,58 @@ def kept_by_chunk(parts: Parts, net: torch.nn.Module, inputs: StageInputs) -> di
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = (saved.part, storage.nbytes())
     assert out.requires_grad
+    watching.pop()
     return {
         name: sum(size for other, size in found.values() if other == name)
         for name in ("vision", "decoder", "loss")
     }
+
+
+class _Count:
+    """Bytes behind saved tensors that are alive, each storage once, and the most there ever were."""
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.now, self.most = own, 0, 0
+        self._living: dict[int, int] = {}
+
+    def pack(self, tensor: torch.Tensor) -> _Counted:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place not in self.own:
+            self.now += 0 if self._living.get(place) else storage.nbytes()
+            self.most = max(self.most, self.now)
+            self._living[place] = self._living.get(place, 0) + 1
+        return _Counted(tensor, self)
+
+    def gone(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place not in self.own:
+            self._living[place] -= 1
+            self.now -= 0 if self._living[place] else storage.nbytes()
+
+
+class _Counted:
+    """A tensor that autograd has saved, for as long as it keeps it."""
+
+    def __init__(self, tensor: torch.Tensor, count: _Count) -> None:
+        self.tensor, self._count = tensor, count
+
+    def __del__(self) -> None:
+        self._count.gone(self.tensor)
+
+
+def peak_of_step(config: RunConfig, batches: Batches) -> tuple[Coords, int, int]:
+    """Of a whole training step: the most bytes of saved tensors, without weights, and those left at its end."""
+    parts = build_parts(config, with_optimizer=True)
+    feed = micro_batches(batches, config.model, parts.runtime.layout, parts.runtime.rank)
+    modules = [chunk.module for chunk in parts.chunks]
+    if parts.tower is not None:
+        modules.append(parts.tower.module)
+    count = _Count({p.untyped_storage().data_ptr() for module in modules for p in module.parameters()})
+    with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda saved: saved.tensor):
+        train_step(parts, feed, 1e-3)
+    return parts.runtime.coords, count.most, count.now
 
 
 def one_step(config: RunConfig, batches: Batches) -> tuple[float, float]:

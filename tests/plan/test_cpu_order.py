@@ -68,6 +68,8 @@ def test_the_fastest_measured_layout_is_among_the_first_three(world):
         assert LENGTH - 8 <= batches.seq_length <= LENGTH + 8
         steps = zip(*world.run(4, step_seconds, config, batches, 3, limit=600.0))
         measured[name] = min(sum(own for _, own in ranks) for ranks in steps)
+    for name in sorted(LAYOUTS, key=predicted):  # a row of docs/parallelism.md each
+        print(f"| {name} | {predicted(name):.2f} | {measured[name]:.2f} |")
     first_three = sorted(LAYOUTS, key=predicted)[:3]
     assert min(measured[name] for name in first_three) <= 1.05 * min(measured.values()), (
         measured,

@@ -56,6 +56,10 @@ def test_a_benchmarks_file_is_a_calibration(tmp_path):
         ('{"name": "B200"}', "name = B200"),
         ('{"memory": "80G"}', "memory = 80G"),
         ('{"intra_bytes": true}', "intra_bytes = True"),
+        ('{"element_bytes": NaN}', "element_bytes = nan"),
+        ('{"node_ranks": 0}', "node_ranks = 0"),
+        ('{"machine": {}, "calibration": {}}', "holds no measured value"),
+        ('{"step_seconds": 1.0, "mfu": 0.4}', "step_seconds = 1.0"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, content, told):

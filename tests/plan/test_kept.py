@@ -8,13 +8,14 @@ from megatron_vl.config.mixture import PackingConfig
 from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.config.schema import PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
 from megatron_vl.plan.fp8 import fp8_layers
-from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, kernels_of, step_views_kept
+from megatron_vl.plan.kept import Load, fullest_load, kept_by_chunk, layer_moved, norm_saved, step_views_kept
+from megatron_vl.plan.kernels import kernels_of, kernels_of_run
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.stages import plan_stages
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 from tests.fixtures.small import make_documents
 from tests.model.on_ranks import run_of
-from tests.plan.on_ranks import kept_of_step, kept_on_rank
+from tests.plan.on_ranks import kept_of_step, kept_on_rank, kept_with_offload
 
 MODEL = replace(
     STEP3_VL_TINY,
@@ -54,6 +55,7 @@ CASES = [
     ("dp2tp2pp2", "data", False, NONE, "bf16", MODEL),
     ("tp2sp", "data", False, CHUNKS, "bf16", MODEL),
     ("cp2agtp2", "tensor", True, CHUNKS, "fp32", FROZEN),
+    ("cp2", "data", True, FULL, "bf16", MODEL),
 ]
 
 
@@ -114,6 +116,43 @@ def test_live_activations_in_fp8(world, name, first):
             MODEL, layout, stages[0][0], replace(kernels, fp8=frozenset()), load, NONE, live.coords
         )
         assert planned["decoder"] < 0.97 * without["decoder"]
+
+
+OFFLOAD = RecomputeConfig(offload=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "dtype", "fp8", "smallest"),
+    [
+        ("1", OFFLOAD, "fp32", False, 0),
+        ("1", OFFLOAD, "bf16", False, 20_000),  # what is between keeps what it is a view of
+        ("tp2sp", OFFLOAD, "bf16", True, 0),
+        ("pp2", replace(OFFLOAD, decoder="full"), "fp32", False, 1000),
+        ("cp2", replace(OFFLOAD, decoder="selective"), "bf16", False, 5000),
+    ],
+)
+def test_what_offloading_leaves_on_the_device(world, name, recompute, dtype, fp8, smallest):
+    docs = make_documents(MODEL, [([(2, 2)], 60), ([(1, 1)], 105)])
+    config, batches, layout = run_of(MODEL, name, "data", docs, recompute=recompute)
+    batches = replace(batches, seq_length=-(-batches.seq_length // 32) * 32)
+    config = replace(config, precision=PrecisionConfig(params=dtype, fp8="tensorwise" if fp8 else "none"))
+    kernels = kernels_of_run(config, {"fp32": 4, "bf16": 2}[dtype], on_cpu=True)
+    stages = plan_stages(MODEL.text.num_layers, layout.pp)
+    for live in world.run(layout.world_size, kept_with_offload, config, batches, smallest):
+        load, (stage,) = load_of(batches, live.coords.dp), stages[live.coords.pp]
+        planned = kept_by_chunk(MODEL, layout, stage, kernels, load, recompute, live.coords, smallest)
+        without = kept_by_chunk(
+            MODEL, layout, stage, kernels, load, replace(recompute, offload=False), live.coords
+        )
+        assert planned["decoder"] == pytest.approx(live.chunks[0]["decoder"], rel=0.02)
+        assert planned["loss"] == pytest.approx(live.chunks[0]["loss"], abs=4000)
+        assert planned["decoder"] < 0.6 * without["decoder"] and planned["vision"] == without["vision"]
+        if recompute.decoder == "full":
+            continue
+        of_layer = (MODEL.text, layout, kernels, load, recompute.decoder == "selective", True, fp8)
+        moved = len(stage.layers) * layer_moved(*of_layer, smallest)[1]
+        norm = norm_saved(MODEL.text.hidden_size, load.tokens // layout.cp // layout.tp, kernels, True)
+        assert moved + sum(one.moved(smallest) for one in norm) == pytest.approx(live.moved, rel=0.02)
 
 
 def compare(world, name, placement, packed, recompute, dtype, model, text: int) -> None:

@@ -9,7 +9,16 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
 from megatron_vl.plan.checks import load_checked_run
 from megatron_vl.plan.cost import view_costs
-from megatron_vl.plan.kept import Load, fullest_load, heaviest, kept_by_chunk, kernels_of, view_shares
+from megatron_vl.plan.kept import (
+    Load,
+    fullest_load,
+    heaviest,
+    kept_by_chunk,
+    layer_kept,
+    layer_moved,
+    view_shares,
+)
+from megatron_vl.plan.kernels import kernels_of
 from megatron_vl.plan.layout import Coords, Layout
 from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.memory import PARTS, Setting, memory_of_stage, setting_of, workspace
@@ -94,6 +103,38 @@ def test_a_chunk_of_views_is_alive_at_once():
     assert one["workspace"] <= eight["workspace"] <= whole["workspace"]
     more = replace(ones, load=Load(1, 32768, 64, 16))
     assert memory_of_stage(more, layout, chunks)["workspace"] == one["workspace"]
+
+
+def test_what_is_offloaded_is_not_on_the_device():
+    """Tensors from 1 MiB leave. One layer's are on their way, or what copies have fallen behind by."""
+    layout, chunks = Layout(), plan_stages(36, 1)[0]
+    plain, away = (replace(BASE, recompute=RecomputeConfig(offload=offload)) for offload in (False, True))
+    kept, left = (memory_of_stage(setting, layout, chunks) for setting in (plain, away))
+    text, load = MODEL.text, BASE.load
+    stays, moved = layer_moved(text, layout, KERNELS, load, False)
+    ids, slots = 8 * 4096, layer_kept(text, layout, KERNELS, load, False)
+    assert left["decoder"] == 36 * stays + ids and kept["decoder"] == 36 * slots + ids
+    assert left["decoder"] < 0.4 * kept["decoder"]
+    assert left["tower"] == kept["tower"] and left["weights"] == kept["weights"]
+    inner = 2 * 4096 * 2 * text.ffn_hidden_size * 2
+    assert workspace(away, layout, chunks) == max(inner + moved, workspace(plain, layout, chunks))
+    slow = replace(away, waiting=moved / 2)
+    assert workspace(slow, layout, chunks) == inner + 18 * moved
+    few = Load(1, 32)
+    assert layer_moved(text, layout, KERNELS, few, False) == (
+        layer_kept(text, layout, KERNELS, few, False),
+        0,
+    )
+
+
+def test_pixels_wait_as_bytes_or_as_floats():
+    views = replace(BASE, recompute=RecomputeConfig(vision_chunk_views=2))
+    layout, stage, coords = Layout(), plan_stages(36, 1)[0][0], Coords(0, 0, 0, 0)
+    sizes = [
+        kept_by_chunk(MODEL, layout, stage, kernels, views.load, views.recompute, coords)["vision"]
+        for kernels in (KERNELS, replace(KERNELS, pixel=1))
+    ]
+    assert sizes[0] - sizes[1] == 3 * 3 * (6 * 504**2 + 728**2)
 
 
 def test_gathered_keys_pass():

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_vl.config.dump import to_yaml
-from megatron_vl.config.schema import DataConfig, ParallelConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.config.model import ModelConfig
+from megatron_vl.config.schema import (
+    DataConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_vl.errors import ConfigErrors
 from megatron_vl.parity.reference import arrange
 from megatron_vl.plan.candidates import Candidate, candidates, refusals
@@ -87,6 +95,21 @@ def test_what_is_refused_is_counted_by_key():
     assert "train.global_batch_size" in keys and answer.looked_at > 0
     planner = Planner(question(8, 4096, 7))
     assert "refused" in "\n".join(answer_lines(planner, planner.answer()))
+
+
+def test_fp8_layouts_keep_the_multiples_of_16_that_a_run_asks_for():
+    text = replace(
+        ModelConfig().text, ffn_hidden_size=12288 + 32
+    )  # its shares: 6160 with TP 2, 3080 with TP 4
+    fp8 = question(4, 4096, 64, model=ModelConfig(text=text), precision=PrecisionConfig(fp8="tensorwise"))
+    planner = Planner(fp8)
+    assert planner.kernels.fp8 == frozenset(range(36))
+    answer = planner.answer()
+    assert {verdict.candidate.layout.tp for verdict in answer.best} <= {1, 2}
+    assert any(key == "model.text.ffn_hidden_size" for key, _ in answer.refused)
+    plain = Planner(replace(fp8, config=replace(fp8.config, precision=PrecisionConfig())))
+    assert answer.best[0].time.total < 0.95 * plain.answer().best[0].time.total
+    assert "FP8 tensorwise in 36 of 36 decoder layers" in "\n".join(answer_lines(planner, answer))
 
 
 def test_uneven_first_stage_pays_where_images_are_and_the_tower_on_all_stages_more():

@@ -37,6 +37,9 @@ CASES = [
     ("tp4sp", "data", "fp32", False, ODD),
     ("dp2tp2pp2", "all", "bf16", True, ODD),
     ("pp2vpp2", "all", "fp32", False, FROZEN),
+    ("cp4", "data", "bf16", True, ODD),
+    ("pp4", "data", "fp32", True, ODD),
+    ("tp2pp2cp2sp", "data", "bf16", True, ODD),
 ]
 CUT_CASES = [
     ("1", "data", "bf16", True, ODD),

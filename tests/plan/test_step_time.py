@@ -6,11 +6,15 @@ import pytest
 
 from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.schema import RecomputeConfig
-from megatron_vl.plan.cost import sample_flops, train_flops
+from megatron_vl.plan.cost import decoder_layer_flops, sample_flops, train_flops
 from megatron_vl.plan.devices import DEVICES
-from megatron_vl.plan.kept import Load, kernels_of
+from megatron_vl.plan.kept import Load, layer_moved
+from megatron_vl.plan.kernels import kernels_of
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.step_time import link, pipeline_seconds, rates, step_parts, step_seconds
+from megatron_vl.plan.links import link
+from megatron_vl.plan.step_time import pipeline_seconds, rates, step_parts, step_seconds
+from megatron_vl.plan.traffic import cast_traffic, pixel_traffic, tower_traffic
+from megatron_vl.plan.vision_share import GLOBAL
 
 H100 = DEVICES["H100"]
 IDEAL = replace(
@@ -102,6 +106,107 @@ def test_directions():
     assert rates(frozen, base, H100, KERNELS, load, NONE).tower.total < plain.tower.total / 2
     packed = replace(load, documents=(512,) * 8)
     assert rates(MODEL, base, H100, KERNELS, packed, NONE).layer.compute < plain.layer.compute
+
+
+def test_fused_kernels_save_traffic_of_the_tower_alone():
+    load, base = Load(1, 4096, 12, 2), Layout()
+    twins, fused = (
+        rates(MODEL, base, H100, kernels_of("torch", 2, on_cpu=False, fused=fused), load, NONE)
+        for fused in (False, True)
+    )
+    assert twins.layer == fused.layer and twins.tower.compute == fused.tower.compute
+    assert 3 < twins.tower.element / fused.tower.element < 4
+    # derived in the design: bias + quick_gelu alone moves 20 GB per 728 view forward
+    vision, kernels = MODEL.vision, kernels_of("torch", 2, on_cpu=False)
+    one = 47 * 2704 * vision.ffn_hidden_size * 2
+    forward = [
+        tower_traffic(replace(vision, ffn_hidden_size=inner), GLOBAL, 1, 1, kernels).forward
+        for inner in (vision.ffn_hidden_size, 0)
+    ]
+    assert forward[0] - forward[1] == pytest.approx(9 * one) == pytest.approx(20.5e9, rel=0.01)
+    frozen = rates(replace(MODEL, freeze_vision=True), base, H100, kernels, load, NONE)
+    assert frozen.tower.element < 0.5 * twins.tower.element
+
+
+@pytest.mark.parametrize(
+    ("projector", "per_view", "per_call"), [("gather", 168e6, 0.0), ("implicit", 0.0, 2.97e9)]
+)
+def test_traffic_of_the_projectors_kernels(projector, per_view, per_call):
+    """Bytes as csrc/README.md derives them, forward and backward."""
+    kernels = kernels_of("torch", 2, on_cpu=False, fused=True, projector=projector)
+    none = replace(MODEL.vision, num_layers=0)
+
+    def moved(count: int) -> float:
+        found = tower_traffic(none, GLOBAL, count, 1, kernels)
+        pixels = pixel_traffic(none, count * 2704, kernels)
+        return found.forward + found.backward - pixels.forward
+
+    assert moved(2) - moved(1) == pytest.approx(per_view, rel=0.01)
+    assert 2 * moved(1) - moved(2) == pytest.approx(per_call, rel=0.01)
+
+
+def test_products_in_fp8():
+    load, layout = Load(1, 8192, 6, 1), Layout(tp=2, sp=True)
+    ideal = replace(IDEAL, matmul_flops_fp8=2e15)
+    plain = kernels_of("transformer_engine", 2, on_cpu=False)
+    small = replace(plain, fp8=frozenset(range(36)))
+    slow, fast = (rates(MODEL, layout, ideal, kernels, load, NONE) for kernels in (plain, small))
+    linear, attention = decoder_layer_flops(MODEL, [8192])
+    assert slow.layer.compute - fast.layer.compute == pytest.approx(3 * linear / 2 * (1 / 1e15 - 1 / 2e15))
+    assert fast.head == slow.head and fast.tower == slow.tower
+    half = rates(MODEL, layout, ideal, replace(plain, fp8=frozenset(range(18))), load, NONE)
+    assert half.layer.compute == pytest.approx((slow.layer.compute + fast.layer.compute) / 2)
+    tower = rates(MODEL, layout, ideal, replace(plain, fp8_vision=True), load, NONE).tower
+    assert 0.55 < tower.compute / slow.tower.compute < 0.65 and tower.tensor == slow.tower.tensor
+    # casting is in: with nominal rates a layer gains less than its products do; without a rate nothing
+    nominal = [rates(MODEL, layout, H100, kernels, load, NONE).layer for kernels in (plain, small)]
+    assert nominal[1].element > nominal[0].element and 1.1 < nominal[0].total / nominal[1].total < 1.6
+    none = replace(H100, matmul_flops_fp8=0.0)
+    assert rates(MODEL, layout, none, small, load, NONE).layer.compute == nominal[0].compute
+    torch = [
+        rates(MODEL, layout, H100, replace(k, joined_rows=True), load, NONE).layer for k in (plain, small)
+    ]
+    assert torch[1].tensor < torch[0].tensor, "tokens are gathered in FP8"
+
+
+def test_casts_by_hand():
+    """One product, 3 rows, 5 inputs, 7 outputs, bf16: measured 2 bytes, rounded 2 + 1, transposed 1 + 1."""
+    found = cast_traffic(3, [(5, 7)], 2)
+    assert found.forward == (15 + 35) * 5
+    assert found.backward == 21 * 5 + 35 * (3 + 2) + (15 + 21) * 2
+    assert cast_traffic(3, [(5, 7)], 2, trained=False).backward == 21 * 5 + 35 * 5
+
+
+def test_offloading_hides_as_far_as_computation_is_long_enough():
+    load, offload = Load(1, 32768), RecomputeConfig(offload=True)
+    layout = Layout(tp=4, sp=True)
+    plain = rates(MODEL, layout, H100, KERNELS, load, NONE).layer
+    moved = layer_moved(MODEL.text, layout, KERNELS, load, False)[1]
+    slow = replace(H100, host_bytes=1e9)
+    found = rates(MODEL, layout, slow, KERNELS, load, offload)
+    assert found.layer.host == pytest.approx(2 * moved / 1e9 - found.layer.own)
+    assert found.layer.total - found.layer.host == pytest.approx(plain.total)
+    assert found.waiting == pytest.approx(moved - found.forward * 1e9)
+    quick = rates(MODEL, layout, replace(H100, host_bytes=1e15), KERNELS, load, offload)
+    assert quick.layer.host == quick.waiting == 0
+    full = rates(MODEL, layout, slow, KERNELS, load, replace(offload, decoder="full")).layer
+    hidden = 32768 // 4 * 4096 * 2
+    backward = full.own - found.forward
+    assert full.host == pytest.approx(max(0, hidden / 1e9 - found.forward) + max(0, hidden / 1e9 - backward))
+    counts, time = [36], step_seconds(layout, slow, found, [36], 2, 0.0)
+    parts = step_parts(layout, found, counts, 2, time, {"dp": 0.0, "optimizer": 0.0})
+    assert parts["host"] == pytest.approx(72 * found.layer.host) and sum(parts.values()) == pytest.approx(
+        time.total
+    )
+
+
+def test_bytes_of_pixels():
+    """fast: 1 byte read and 2 written by the kernel; the twin goes through fp32."""
+    fused, twin = (kernels_of("torch", 2, False, fused=on, pixel=1) for on in (True, False))
+    values = 10 * 3 * 14 * 14
+    assert pixel_traffic(MODEL.vision, 10, fused).forward == 3 * values
+    assert pixel_traffic(MODEL.vision, 10, twin).forward == 39 * values
+    assert pixel_traffic(MODEL.vision, 10, replace(twin, pixel=4)).forward == 10 * values
 
 
 def test_text_decoders_come_out_where_they_were_published():

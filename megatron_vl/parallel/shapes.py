@@ -39,6 +39,7 @@ class ShapesOnly(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[Message] = []
+        self._known: dict[tuple, Any] = {}
 
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
@@ -56,7 +57,7 @@ class ShapesOnly(TorchDispatchMode):
                 args = (args[0], _places(args[1]), *args[2:])
             if kwargs.get("device") is not None:
                 kwargs["device"] = META
-            return func(*_on_meta(args), **{name: _on_meta(value) for name, value in kwargs.items()})
+            return self._shaped(func, _on_meta(args), {name: _on_meta(one) for name, one in kwargs.items()})
         if tensors and func is not aten.lift_fresh.default:
             if kwargs.get("device") is not None:
                 kwargs["device"] = CPU
@@ -68,6 +69,20 @@ class ShapesOnly(TorchDispatchMode):
         dtype = kwargs.get("dtype") or _default_dtype(func, args)
         kwargs["device"] = META if dtype.is_floating_point else CPU
         return func(*args, **kwargs)
+
+    def _shaped(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call; shapes that it has been called with before are not derived again: layers are alike, and for many
+        operations deriving is slow Python."""
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        key = (func, _key(args), _key(list(kwargs.items())))
+        if key not in self._known:
+            result = func(*args, **kwargs)
+            results = result if isinstance(result, tuple) else (result,)
+            if all(one is None or isinstance(one, torch.Tensor) for one in results):
+                self._known[key] = _replaced(result, lambda t: t.new_empty_strided(t.shape, t.stride()))
+            return result
+        return _replaced(self._known[key], lambda t: t.new_empty_strided(t.shape, t.stride()))
 
     def _communicate(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call with nothing in the place of every tensor without memory."""
@@ -105,6 +120,22 @@ def _one(dtype: torch.dtype) -> bool | int | float:
 def _makes(func: Callable) -> bool:
     """Whether the operation makes a tensor of nothing; others without tensors ask about formats."""
     return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+@cache
+def _makes_new(func: Callable) -> bool:
+    """Whether the results are tensors of their own: no views, nothing changed in place."""
+    schema = func._schema
+    return all(one.alias_info is None for one in (*schema.arguments, *schema.returns))
+
+
+def _key(value: Any) -> Any:
+    """What shapes of results depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(one) for one in value)
+    return type(value), value
 
 
 def _default_dtype(func: Callable, args: Sequence[Any]) -> torch.dtype:

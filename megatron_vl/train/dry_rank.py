@@ -100,7 +100,9 @@ def micro_batches(question: Question, candidate: Candidate, runtime: Runtime) ->
         return [batch] * count
     kinds = [batch.view_kinds] * count
     shares = share_step(kinds, layout.vision_size, view_costs(config.model), layout.tower_beside)
-    mine = [[batch.view_kinds[view] for view in share[layout.vision_rank(runtime.coords)]] for share in shares]
+    mine = [
+        [batch.view_kinds[view] for view in share[layout.vision_rank(runtime.coords)]] for share in shares
+    ]
     vision, fast = config.model.vision, config.data.image_mode == "fast"
 
     def pixels(views: list[int], kind: int, side: int) -> torch.Tensor:

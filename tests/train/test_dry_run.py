@@ -4,12 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vl.config.schema import DataConfig, PackingConfig, PrecisionConfig, RecomputeConfig, RunConfig, TrainConfig
+from megatron_vl.config.schema import (
+    DataConfig,
+    PackingConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_vl.parity.layouts import parse_layout
 from megatron_vl.plan.checks import check_run
 from megatron_vl.plan.devices import DEVICES
 from megatron_vl.plan.plan_command import candidate_of
-from megatron_vl.plan.rank_state import chosen_ranks, differences, plan_rank
+from megatron_vl.plan.rank_state import differences, plan_rank
 from megatron_vl.plan.search import Question
 from megatron_vl.train.dry_rank import build_rank
 from tests.fixtures.small import SMALL
@@ -38,6 +45,7 @@ def question_of(name, placement="data", model=ODD, device="H100", packed=False, 
     assert check_run(config, named.world_size) == []
     return Question(config, DEVICES[device], named.world_size, 0.5, 50 if packed else None)
 
+
 def compare(question, rank):
     candidate = candidate_of(question.config, question.world_size)
     built = build_rank(question, candidate, rank)
@@ -51,7 +59,10 @@ CASES = [
     ("pp2vpp2tp2", {"vision": "full", "decoder": "full"}),
     ("dp2cp2tp2sp", {"placement": "tensor", "packed": True}),
     ("cp4ag", {"offload": True}),
-    ("pp2vpp2", {"placement": "all", "model": replace(ODD, freeze_vision=True), "use_distributed_optimizer": False}),
+    (
+        "pp2vpp2",
+        {"placement": "all", "model": replace(ODD, freeze_vision=True), "use_distributed_optimizer": False},
+    ),
     ("tp2pp2cp2sp", {"model": replace(ODD, freeze_vision=True, freeze_decoder=True), "packed": True}),
     ("dp2pp4", {"model": replace(ODD, freeze_decoder=True), "device": "CPU", "params": "auto"}),
 ]

@@ -51,31 +51,36 @@ class ShapesOnly(TorchDispatchMode):
             return _one(args[0].dtype)
         if func is aten._to_copy.default:
             return _converted(func, args, kwargs)
-        tensors = _tensors(args) + _tensors(kwargs.values())
-        if any(tensor.is_meta for tensor in tensors):
+        tensors = _tensors(args) + (_tensors(kwargs.values()) if kwargs else [])
+        if tensors and func is not aten.lift_fresh.default:
+            return self._computed(func, args, kwargs, [tensor.is_meta for tensor in tensors])
+        if tensors:  # what Python has made of numbers
+            return args[0].to(META) if args[0].is_floating_point() else func(*args)
+        if _makes(func):
+            dtype = kwargs.get("dtype") or _default_dtype(func, args)
+            kwargs["device"] = META if dtype.is_floating_point else CPU
+        return func(*args, **kwargs)
+
+    def _computed(
+        self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], shapes_only: Sequence[bool]
+    ) -> Any:
+        """A call with tensors: for real where all of them have values. shapes_only: whether each has none."""
+        if kwargs.get("device") is not None:
+            kwargs["device"] = META if any(shapes_only) else CPU
+        if not any(shapes_only):
+            return func(*args, **kwargs)
+        if not all(shapes_only):
             if func in INDEXED:
                 args = (args[0], _places(args[1]), *args[2:])
-            if kwargs.get("device") is not None:
-                kwargs["device"] = META
-            return self._shaped(func, _on_meta(args), {name: _on_meta(one) for name, one in kwargs.items()})
-        if tensors and func is not aten.lift_fresh.default:
-            if kwargs.get("device") is not None:
-                kwargs["device"] = CPU
-            return func(*args, **kwargs)
-        if func is aten.lift_fresh.default:
-            return args[0].to(META) if args[0].is_floating_point() else func(*args)
-        if not _makes(func):
-            return func(*args, **kwargs)
-        dtype = kwargs.get("dtype") or _default_dtype(func, args)
-        kwargs["device"] = META if dtype.is_floating_point else CPU
-        return func(*args, **kwargs)
+            args, kwargs = _on_meta(args), {name: _on_meta(value) for name, value in kwargs.items()}
+        return self._shaped(func, args, kwargs)
 
     def _shaped(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call; shapes that it has been called with before are not derived again: layers are alike, and for many
         operations deriving is slow Python."""
         if not _makes_new(func):
             return func(*args, **kwargs)
-        key = (func, _key(args), _key(list(kwargs.items())))
+        key = (func, _key(args), _key(tuple(kwargs.items())))
         if key not in self._known:
             result = func(*args, **kwargs)
             results = result if isinstance(result, tuple) else (result,)

@@ -88,8 +88,8 @@ def stages_of_rank(question: Question, candidate: Candidate, rank: int) -> Seque
 
 def dry_microbatches(layout: Layout, planned: int) -> int:
     """Micro-batches of the step of a dry run, of those planned, which are more of the same: enough for the pipeline to
-    fill, run steadily and empty, and two at least, since only the last one sends gradients."""
-    enough = 2 * layout.pp if layout.vpp > 1 else layout.pp + 1  # interleaved: a multiple of PP
+    fill, run steadily and empty."""
+    enough = 2 * layout.pp if layout.vpp > 1 else layout.pp  # interleaved: a multiple of PP
     return min(planned, enough)
 
 

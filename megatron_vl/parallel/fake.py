@@ -72,8 +72,8 @@ def _alone(
                 patch.object(dist, "new_group", _own_groups(dist.new_group, rank)),
             ):
                 yield start(parallel, seed, device)
-                stop()
         finally:
+            stop()
             dist.destroy_process_group()
 
 

@@ -103,6 +103,6 @@ def test_the_place_of_the_rank(rank):
 
 
 def test_no_such_rank():
-    with pytest.raises(ConfigError, match="fake rank = 8: a layout of 8 ranks has ranks 0 to 7"):
-        with described_rank(PARALLEL, 1, 8, 8):
-            pass
+    told = "fake rank = 8: a layout of 8 ranks has ranks 0 to 7"
+    with pytest.raises(ConfigError, match=told), described_rank(PARALLEL, 1, 8, 8):
+        pass

@@ -52,14 +52,13 @@ CASES = {
 }
 
 
-def question_of(name: str, device: str = "H100", fp8: str = "none") -> Question:
+def question_of(name: str, device: str = "H100") -> Question:
     """The planner's question about a small run in one of the layouts above."""
     placement, model, packed, parallel, recompute = CASES[name]
     named = parse_layout(name, placement, "cpu")
     config = RunConfig(
         model=model,
         parallel=replace(named.parallel, **parallel),
-        precision=PrecisionConfig(fp8=fp8),
         recompute=RecomputeConfig(**recompute),
         data=DataConfig(seq_length=128, packing=PackingConfig(enabled=packed)),
         train=TrainConfig(global_batch_size=48, micro_batch_size=1 if packed else 2),
@@ -112,13 +111,13 @@ def test_a_rank_built_otherwise_is_found(monkeypatch):
 
 
 def test_what_cannot_be_built_is_refused():
-    question = question_of("dp3", fp8="tensorwise")
+    question = question_of("dp3")
+    quantised = replace(question.config, precision=PrecisionConfig(fp8="tensorwise"))
     with pytest.raises(ConfigError, match="for --rank use precision.fp8=none"):
-        found_on(question, 0)
-    short = replace(question_of("dp3"), visual_share=0.9)
-    short = replace(short, config=replace(short.config, data=DataConfig(seq_length=16)))
-    with pytest.raises(ConfigError, match="data.seq_length = 16: the plan's images"):
-        found_on(short, 0)
+        found_on(replace(question, config=quantised), 0)
+    short = replace(question.config, data=DataConfig(seq_length=8))
+    with pytest.raises(ConfigError, match="data.seq_length = 8: the plan's images"):
+        found_on(replace(question, config=short), 0)
 
 
 PIPELINE = ["parallel.pipeline_model_parallel_size=4", "recompute.vision=none"]

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 
 from megatron_vl.plan import plan_command
 from megatron_vl.plan.candidates import Candidate
-from megatron_vl.plan.rank_state import Messages, RankState, differences, plan_rank, stages_of_rank
+from megatron_vl.plan.rank_state import (
+    Messages,
+    RankState,
+    differences,
+    dry_microbatches,
+    plan_rank,
+    stages_of_rank,
+)
 from megatron_vl.plan.search import Question
 
 COLUMNS = ("tower", "projector", "decoder", "weights", "gradients", "optimizer", "received", "sent")
@@ -26,7 +33,11 @@ def dry_run(question: Question, candidate: Candidate, ranks: Sequence[int]) -> i
     """Build the ranks one after the other, print plan and outcome of each, and what differs. Returns the exit code."""
     from megatron_vl.train.dry_rank import build_rank
 
-    print("Built without memory, one step taken; parameters, and bytes of what stays:", flush=True)
+    count = dry_microbatches(candidate.layout, candidate.num_microbatches)
+    print(
+        f"{candidate.layout}: a step of {count} micro-batches of {candidate.micro_batch} rows, without memory"
+    )
+    print("Parameters by part, bytes that stay, tensors from and to other stages:", flush=True)
     found = []
     for rank in ranks:
         begin = time.perf_counter()

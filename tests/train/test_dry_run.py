@@ -127,7 +127,8 @@ def test_the_command_on_the_large_model(capsys):
     """A rank of the last stage: 9 of 36 layers and the head."""
     assert main(["plan", EXAMPLE, "--gpus", "1024", "--rank", "1000", *PIPELINE]) == 0
     out = capsys.readouterr().out
-    assert "rank 1000 (dp58 pp3 cp0 tp0): layers 26-35 (10) + head" in out
+    assert "TP4 CP1 DP64 PP4 SP, vision placement data: a step of 4 micro-batches" in out
+    assert "rank 1000 (dp58 pp3 cp0 tp0): layers 27-35 (9) + head" in out
     assert out.count("4 x [1024, 1, 4096]") == 4
     assert out.endswith("All as planned on 1 of 1,024 ranks.\n")
 
@@ -149,6 +150,7 @@ def test_ranks_that_are_not_there(ranks, capsys):
     assert f"--rank {ranks}: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(tmp_path):
     """With torch.compile on, as users have it."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "0"}

@@ -19,7 +19,7 @@ from megatron_vl.plan.state_bytes import bytes_of_rank
 from megatron_vl.plan.tensors import Weight, weights_of_chunk
 
 Shape = tuple[int, ...]
-Messages = tuple[tuple[Shape, int], ...]  # (shape, how many), by shape
+Messages = tuple[tuple[Shape, int, int], ...]  # (shape, bytes of an element, how many), by shape
 SAMPLE = re.compile(r"sample:([1-9]\d*)")
 
 
@@ -66,7 +66,7 @@ def plan_rank(question: Question, candidate: Candidate, rank: int) -> RankState:
     before = sum(not stage.has_embedding for stage in pipeline)
     behind = sum(not stage.has_head for stage in pipeline)
     count = dry_microbatches(layout, candidate.num_microbatches) * (before + behind)
-    messages = ((hidden, count),) if count else ()
+    messages = ((hidden, question.element, count),) if count else ()
     return RankState(
         weights=tuple(weights_of_chunk(model, layout, stage) for stage in chunks),
         buffers=0,

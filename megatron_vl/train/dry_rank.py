@@ -204,4 +204,5 @@ def _optimizer_bytes(parts: Parts) -> int:
 
 
 def _counted(messages: Iterable[Message], received: bool) -> Messages:
-    return tuple(sorted(Counter(m.shape for m in messages if m.received == received).items()))
+    found = Counter((m.shape, m.dtype.itemsize) for m in messages if m.received == received)
+    return tuple((*kind, count) for kind, count in sorted(found.items()))

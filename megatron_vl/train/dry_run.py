@@ -67,4 +67,4 @@ def _cells(state: RankState) -> tuple[str, ...]:
 
 
 def _messages(messages: Messages) -> str:
-    return " + ".join(f"{count} x {list(shape)}" for shape, count in messages) or "-"
+    return " + ".join(f"{count} x {list(shape)}" for shape, _, count in messages) or "-"

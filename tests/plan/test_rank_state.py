@@ -11,7 +11,7 @@ from megatron_vl.plan.tensors import Weight
 
 STATE = RankState(
     weights=((Weight("a", 3, "vision"),),), buffers=0, weight_bytes=6, gradient_bytes=12, optimizer_bytes=40,
-    results=((8, 1, 4),), received=(((8, 1, 4), 2),), sent=(((8, 1, 4), 2),),
+    results=((8, 1, 4),), received=(((8, 1, 4), 2, 2),), sent=(((8, 1, 4), 2, 2),),
 )  # fmt: skip
 OTHERS = {
     "weights": ((Weight("a", 4, "vision"),),),
@@ -21,7 +21,7 @@ OTHERS = {
     "optimizer_bytes": 41,
     "results": ((4, 1, 4),),
     "received": (),
-    "sent": (((8, 1, 4), 3),),
+    "sent": (((8, 1, 4), 4, 2),),
 }
 
 

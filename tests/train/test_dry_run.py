@@ -105,8 +105,8 @@ def test_a_rank_built_otherwise_is_found(monkeypatch):
     monkeypatch.setattr(dry_rank, "buildable", without)
     assert found_on(question_of("tp2pp2cp2sp"), 0) == [
         "results: planned ((32, 1, 40),), built ((64, 1, 40),)",
-        "received: planned (((32, 1, 40), 2),), built (((64, 1, 40), 2),)",
-        "sent: planned (((32, 1, 40), 2),), built (((64, 1, 40), 2),)",
+        "received: planned (((32, 1, 40), 2, 2),), built (((64, 1, 40), 2, 2),)",
+        "sent: planned (((32, 1, 40), 2, 2),), built (((64, 1, 40), 2, 2),)",
     ]
 
 

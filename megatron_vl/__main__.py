@@ -15,8 +15,8 @@ from megatron_vl.errors import MegatronVLError
 COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("megatron_vl.plan.command", "print the resolved run, its parameters, cost, ranks and stages"),
     "plan": (
-        "megatron_vl.plan.plan_command",
-        "predict memory and step time of a layout: CONFIG --gpu TYPE --gpus N",
+        "megatron_vl.train.dry_run",
+        "predict memory and step time of a layout: CONFIG --gpu TYPE --gpus N [--rank R]",
     ),
     "rl": ("megatron_vl.rl.command", "reinforce: CONFIG [--nproc N] [section.key=value ...]"),
     "filter": (

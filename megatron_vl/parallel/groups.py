@@ -57,7 +57,9 @@ def make_groups(layout: Layout, timeout_seconds: int) -> Groups:
     rank = dist.get_rank()
     timeout = timedelta(seconds=timeout_seconds)  # new_group does not take over that of the world: 30 minutes
     alone = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
-    replicas = [[r for r in range(layout.world_size) if layout.coords(r).dp == d] for d in range(layout.dp)]
+    replicas: list[list[int]] = [[] for _ in range(layout.dp)]
+    for one in range(layout.world_size):
+        replicas[layout.coords(one).dp].append(one)
     replica = [dist.new_group(ranks, timeout=timeout) for ranks in replicas][layout.coords(rank).dp]
     return Groups(
         megatron=megatron,

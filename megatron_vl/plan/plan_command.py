@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_vl.config.load import load_run
@@ -18,20 +18,34 @@ from megatron_vl.plan.devices import DEVICES, GIB, device_of, measured_values, w
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
 from megatron_vl.plan.plan_lines import question_lines, verdict_lines
+from megatron_vl.plan.rank_state import chosen_ranks
 from megatron_vl.plan.search import SHOWN, Answer, Planner, Question
 
+DryRun = Callable[[Question, Candidate, Sequence[int]], int]
 
-def main(argv: Sequence[str]) -> int:
-    """Checks one layout. Returns 0, or 1 when it does not fit. Raises ConfigErrors when it is not legal."""
-    arguments = parser(
+
+def main(argv: Sequence[str], dry_run: DryRun) -> int:
+    """Checks one layout. Returns 0, or 1 when it does not fit. Raises ConfigErrors when it is not legal.
+
+    dry_run: builds the ranks of `--rank` instead, and returns the exit code; it lives above this room.
+    """
+    options = parser(
         "python -m megatron_vl plan", "Predict the memory and the step time of a run's layout; start nothing."
-    ).parse_intermixed_args(argv)
+    )
+    options.add_argument(
+        "--rank", metavar="R", help="build this rank without memory and compare: 17, 0,511,1023 or sample:22"
+    )
+    arguments = options.parse_intermixed_args(argv)
     path, overrides = source(arguments)
     world = arguments.gpus
     if world is None:
         world = load_run(path, overrides, arguments.hf).config.parallel.model_parallel_size
     config = load_checked_run(path, overrides, arguments.hf, world).config
     planner = Planner(question(arguments, config, world))
+    if arguments.rank is not None:
+        ranks = chosen_ranks(arguments.rank, world)
+        print("\n".join([*calibration_lines(arguments), *question_lines(planner.question)]))
+        return dry_run(planner.question, candidate_of(config, world), ranks)
     verdict = planner.judge(candidate_of(config, world))
     told = [
         *calibration_lines(arguments),

@@ -10,6 +10,7 @@ nominal ones (docs/parallelism.md). Exit code: 0; 1 when nothing fits, or no tri
 what was asked.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -25,3 +26,5 @@ if __name__ == "__main__":
     except MegatronVLError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

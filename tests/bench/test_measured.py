@@ -178,6 +178,7 @@ def test_nothing_outlives_a_trial(tmp_path):
     [
         ("noise\nbenchmark_throughput.py: data.seq_length = 3: no\n", "data.seq_length = 3: no"),
         ("Traceback\n  File\nRuntimeError: boom\nValueError: since\n", "RuntimeError: boom"),
+        ("rank 0 ended with exit code 1\n[rank2]: AttributeError: no x\n", "AttributeError: no x"),
         ("torch.distributed.DistBackendError: NCCL\n", "torch.distributed.DistBackendError: NCCL"),
         ("DefaultCPUAllocator: can't allocate memory: you tried", "out of memory: DefaultCPUAllocator"),
         (

@@ -133,6 +133,12 @@ def measured_lines(planner: Planner, trials: Sequence[Trial]) -> list[str]:
     lines = [f"{head}:", "", *(line + reason for line, reason in zip(table, reasons))]
     if not known:
         return [*lines, "", "No trial came to its end."]
+    least = min(range(len(known)), key=lambda n: known[n].found.processor)
+    if least and planner.question.device.on_cpu:
+        lines += [
+            "",
+            f"Place {least + 1} took the fewest processor seconds: where other work ran meanwhile, they tell more.",
+        ]
     title = f"# the fastest measured, for {planner.question.world_size:,} ranks"
     return [*lines, "", title, block(known[0].verdict.candidate).rstrip()]
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_vl.train import step
 from megatron_vl.train.build import Parts
+from megatron_vl.train.views import StepViews
 
 # function of train/step.py: phase. `finish_gradients` runs inside `forward_backward`.
 TIMED = {
@@ -23,6 +24,8 @@ TIMED = {
     "finish_gradients": "gradient reduction",
     "update": "optimizer",
 }
+# method of `StepViews`, where the tower stands beside the pipeline: phase. Features and gradients travel within it.
+TIMED_VIEWS = {"encode": "vision forward", "backward": "vision backward"}
 INSIDE = ("vision forward", "vision backward", "gradient reduction")  # parts of forward and backward
 PHASES = (
     "data", "zero gradients", "vision forward", "vision backward", "decoder, head, waiting",
@@ -131,10 +134,13 @@ class VisionTimes:
 @contextmanager
 def timed_parts(parts: Parts, clock: Clock) -> Iterator[Sequence[VisionTimes]]:
     """While it is open, every `train_step` books its phases on ``clock``."""
-    before = {name: getattr(step, name) for name in TIMED}
     towers = [
-        VisionTimes(clock, chunk.module) for chunk in parts.chunks if chunk.module.vision_model is not None
+        VisionTimes(clock, chunk.module) for chunk in parts.pipeline if chunk.module.vision_model is not None
     ]
+    wanted = [(step, name, phase) for name, phase in TIMED.items()]
+    if parts.tower is not None:
+        wanted += [(StepViews, name, phase) for name, phase in TIMED_VIEWS.items()]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
 
     def timed(function: Callable, phase: str) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -143,13 +149,13 @@ def timed_parts(parts: Parts, clock: Clock) -> Iterator[Sequence[VisionTimes]]:
 
         return run
 
-    for name, function in before.items():
-        setattr(step, name, timed(function, TIMED[name]))
+    for owner, name, phase in wanted:
+        setattr(owner, name, timed(getattr(owner, name), phase))
     try:
         yield towers
     finally:
-        for name, function in before.items():
-            setattr(step, name, function)
+        for owner, name, function in before:
+            setattr(owner, name, function)
         for tower in towers:
             tower.remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +13,11 @@ from megatron_vl.config.schema import RunConfig
 from megatron_vl.data.batch import MicroBatch, Row, collate, pack
 from megatron_vl.errors import ConfigError
 from megatron_vl.plan.budget import num_microbatches
-from megatron_vl.plan.cost import view_costs
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.search import IMAGE_CROPS
 from megatron_vl.plan.sequence import row_multiple
-from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.plan.shares import views_of_rank
+from megatron_vl.plan.vision_share import CROP, GLOBAL
 
 SHARE = 0.3  # of a multimodal domain's tokens that are visual: the planner's default
 DOCUMENT_TOKENS = 1024  # of packed rows
@@ -88,10 +89,14 @@ def micro_batches(config: RunConfig, layout: Layout, rank: int, shape: Shape) ->
     """What ``rank`` would be handed for one step, pixels of its own share of the views included."""
     coords = layout.coords(rank)
     count = num_microbatches(config.train, layout.dp)
-    return [_micro_batch(config, layout, rank, shape, coords.dp * count + number) for number in range(count)]
+    numbers = range(coords.dp * count, (coords.dp + 1) * count)
+    made = [_micro_batch(config, layout, shape, number) for number in numbers]
+    shares = views_of_rank(config.model, layout, coords, [batch.view_kinds for batch in made])
+    return [_with_pixels(config, *one) for one in zip(made, shares, numbers)]
 
 
-def _micro_batch(config: RunConfig, layout: Layout, rank: int, shape: Shape, number: int) -> MicroBatch:
+def _micro_batch(config: RunConfig, layout: Layout, shape: Shape, number: int) -> MicroBatch:
+    """One without pixels."""
     data, model, rows = config.data, config.model, config.train.micro_batch_size
     random = np.random.default_rng((data.seed, number))
     sizes = (model.vision.image_size, model.vision.crop_size)
@@ -103,17 +108,17 @@ def _micro_batch(config: RunConfig, layout: Layout, rank: int, shape: Shape, num
     ]
     if data.packing.enabled:
         multiple = row_multiple(layout.tp, layout.cp, layout.sp)
-        batch = pack(documents, data.seq_length, multiple, padding, *sizes)
-    else:
-        batch = collate(documents, data.seq_length, padding, *sizes)
-    coords = layout.coords(rank)
-    if coords.pp or not batch.view_kinds:
-        return batch
-    mine = share_views(batch.view_kinds, layout.vision_size, view_costs(model))[layout.vision_rank(coords)]
+        return pack(documents, data.seq_length, multiple, padding, *sizes)
+    return collate(documents, data.seq_length, padding, *sizes)
+
+
+def _with_pixels(config: RunConfig, batch: MicroBatch, mine: Sequence[int], number: int) -> MicroBatch:
+    """mine: the views of this rank."""
+    data, vision = config.data, config.model.vision
     pixels: dict[int, list[torch.Tensor]] = {CROP: [], GLOBAL: []}
     for view in mine:
         kind = batch.view_kinds[view]
-        side = model.vision.crop_size if kind == CROP else model.vision.image_size
+        side = vision.crop_size if kind == CROP else vision.image_size
         pixels[kind].append(_pixels(side, (data.seed, number, view), data.image_mode))
     return replace(
         batch,

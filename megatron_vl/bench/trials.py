@@ -26,6 +26,7 @@ from megatron_vl.parallel.launch import launched
 from megatron_vl.plan.candidates import Candidate
 from megatron_vl.plan.search import Planner, Question, Verdict
 
+OF_RANK = re.compile(r"^\[\w+\]:")  # torch's mark of whose line it is
 NO_MEMORY = re.compile(
     r"out of memory|OutOfMemory|can.t allocate memory|cannot allocate memory|bad_alloc", re.I
 )
@@ -149,7 +150,7 @@ def reason_of(code: int, output: str, finished: bool) -> str:
     """Why a trial failed, from its output: memory first, which everything else follows from, then what was raised."""
     if finished:
         return "a loss was not finite"
-    lines = [line.strip() for line in output.splitlines()]
+    lines = [OF_RANK.sub("", line).strip() for line in output.splitlines()]
     without = next((line for line in lines if NO_MEMORY.search(line)), None)
     if without:
         return f"out of memory: {without[:LONGEST]}"

@@ -59,8 +59,8 @@ def planner_of(length: int = 128) -> Planner:
     return Planner(Question(config, DEVICES["CPU"], 2, visual_share=0.3))
 
 
-def of_seconds(seconds: float) -> Measured:
-    return Measured(seconds, seconds - 0.01, seconds + 0.5, 2.5, 3 << 29, "abacus", "rows of beads")
+def of_seconds(seconds: float, processor: float = 2.5) -> Measured:
+    return Measured(seconds, seconds - 0.01, seconds + 0.5, processor, 3 << 29, "abacus", "rows of beads")
 
 
 def run_file(tmp_path: Path) -> str:
@@ -86,6 +86,18 @@ def test_ranked_by_what_was_measured():
     assert "\n".join(lines).endswith(
         "# the fastest measured, for 2 ranks\n" + block(best[2].candidate).rstrip()
     )
+
+
+def test_a_shared_machine_is_told_by_processor_seconds():
+    planner = planner_of()
+    best = planner.answer(2).best
+    said = "Place 2 took the fewest processor seconds"
+    for second, told in ((2.0, True), (3.0, False)):
+        found = [of_seconds(0.25), of_seconds(0.75, second)]
+        lines = measured_lines(
+            planner, [Trial(place, *pair) for place, pair in enumerate(zip(best, found), 1)]
+        )
+        assert any(line.startswith(said) for line in lines) == told
 
 
 def test_no_trial_ended():
@@ -178,6 +190,7 @@ def test_nothing_outlives_a_trial(tmp_path):
     [
         ("noise\nbenchmark_throughput.py: data.seq_length = 3: no\n", "data.seq_length = 3: no"),
         ("Traceback\n  File\nRuntimeError: boom\nValueError: since\n", "RuntimeError: boom"),
+        ("rank 0 ended with exit code 1\n[rank2]: AttributeError: no x\n", "AttributeError: no x"),
         ("torch.distributed.DistBackendError: NCCL\n", "torch.distributed.DistBackendError: NCCL"),
         ("DefaultCPUAllocator: can't allocate memory: you tried", "out of memory: DefaultCPUAllocator"),
         (

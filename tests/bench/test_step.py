@@ -42,6 +42,7 @@ train: {{micro_batch_size: 2, global_batch_size: 2}}
         (1, {}),
         (2, {"pipeline_model_parallel_size": 2}),
         (4, {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"pipeline_model_parallel_size": 2, "vision_placement": "all"}),
     ],
 )
 def test_layouts(world, ranks, parallel):

@@ -66,6 +66,17 @@ def test_the_ranks_of_a_replica_see_the_same_rows_and_share_the_views():
     assert batch.view_kinds.count(GLOBAL) == 2 * sum(shape.images)
 
 
+def test_before_a_pipeline_its_ranks_share_the_views_of_a_step():
+    """Placement `all`: every view of the step on one rank, and no rank without."""
+    layout = Layout(pp=2, placement="all")
+    ranks = [micro_batches(RUN, layout, rank, shape_of(RUN, layout)) for rank in (0, 1)]
+    for name, kind in (("crop_pixels", CROP), ("global_pixels", GLOBAL)):
+        have = [[view for batch in of_rank for view in getattr(batch, name)] for of_rank in ranks]
+        assert min(map(len, have)) > 0
+        assert sum(map(len, have)) == sum(batch.view_kinds.count(kind) for batch in ranks[0])
+        assert len({view.sum().item() for views in have for view in views}) == sum(map(len, have))
+
+
 @pytest.mark.parametrize("share", [1.0, -0.1])
 def test_an_impossible_share_is_refused(share):
     with pytest.raises(ConfigError, match="visual share"):

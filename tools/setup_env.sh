@@ -106,7 +106,7 @@ main() {
         echo "setup: GPU found, installing the CUDA build of torch and the dependencies (some GB)"
         "$VENV/bin/python" -m pip install --quiet -e ".[$(extras)]"
     else
-        echo "setup: no GPU found, installing the CPU build of torch and the dependencies (about 1.9 GB, some minutes)"
+        echo "setup: no GPU found, installing the CPU build of torch and the dependencies (about 2.2 GB, some minutes)"
         install_cpu_torch
         "$VENV/bin/python" -m pip install --quiet -c constraints-cpu.txt -e ".[$(extras)]"
         has_cpu_torch || fail "the CPU build of torch was replaced while the dependencies were installed"

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_vl.errors import ConfigError
 
@@ -128,6 +129,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    _device_constructors()  # `with torch.device(...)` knows factories by identity, and remembers those of its first use
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

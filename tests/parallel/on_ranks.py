@@ -64,6 +64,8 @@ def cpu_redirects() -> dict[str, Any]:
         x.to("cuda", torch.float64),
         torch.empty(2, pin_memory=True), x.pin_memory(), torch.nn.Linear(2, 2).cuda().weight,
     ]  # fmt: skip
+    with torch.device("meta"):  # Megatron-Core's initialisation without memory, and transformers'
+        named = [torch.arange(3), torch.empty(2), torch.tensor([1.0])]
     torch.cuda.synchronize()
     torch.cuda.set_device(0)
     stream = torch.cuda.Stream()
@@ -88,6 +90,7 @@ def cpu_redirects() -> dict[str, Any]:
     except RuntimeError as error:
         timed = str(error)
     return {
+        "by_context": {x.device.type for x in named},
         "devices": {t.device.type for t in made},
         "dtype": made[9].dtype,
         "types": (x.type(), x.to(torch.bfloat16).type(), x.type(torch.float64).dtype),

@@ -39,7 +39,7 @@ def test_more_ranks_than_devices(monkeypatch):
 
 def test_every_redirect(world):
     seen = world.run(1, cpu_redirects)[0]
-    assert seen["devices"] == {"cpu"}
+    assert seen["devices"] == {"cpu"} and seen["by_context"] == {"meta"}
     assert seen["dtype"] == torch.float64
     assert seen["types"] == ("torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", torch.float64)
     assert seen["query"] is True

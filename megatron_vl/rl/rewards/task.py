@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_vl.errors import DataError
-from megatron_vl.rl.rewards.extract import MAX_ANSWER
+from megatron_vl.rl.rewards.extract import MAX_ANSWER, normalise
 from megatron_vl.rl.rewards.geometry import CONVENTIONS, MAX_SHAPES, Canvas, Decay
 from megatron_vl.rl.rewards.grounding import polygon_corners, valid_polygon
 from megatron_vl.rl.rewards.gui import ACTIONS, TYPES, check_action
@@ -115,7 +115,8 @@ class _Reader:
         readers: dict[str, Callable[[str], object]] = {
             **dict.fromkeys(("thinking", "boxed", "check_process", "case_sensitive", "clip"), self.flag),
             **dict.fromkeys(("abs_tolerance", "rel_tolerance"), self.number),
-            **dict.fromkeys(("choices", "units"), self.texts),
+            "choices": self.texts,
+            "units": lambda key: tuple(map(normalise, self.texts(key))),
             "kind": self.text,
             "question": self.text,
             "coordinates": self.convention,
@@ -149,7 +150,9 @@ class _Reader:
             return self.texts("answer") if isinstance(value, list) else (self.text("answer"),)
         if self.kind == "choice":
             return self.letters(task)
-        if self.kind in ("math", "judge"):
+        if self.kind == "judge":
+            return self.text("answer")
+        if self.kind == "math":
             return self.text("answer")
         if self.kind == "numeric":
             return self.number("answer", least=-math.inf)

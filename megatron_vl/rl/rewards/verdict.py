@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Raised whenever the same task and response could get another verdict than before; stored with every reward.
-VERSION = 1
+VERSION = 2
 # The lowest score of every verifier: what malformed and truncated responses get.
 MINIMUM = 0.0
 

@@ -6,41 +6,10 @@ verifier error. Responses think first unless the name says otherwise.
 
 from __future__ import annotations
 
+from tests.rl.rewards.number_cases import counts, measures, numbers
+from tests.rl.rewards.records import boxed, choice, count, exact, maths, numeric, place, said
+
 ERROR = "error: "
-THINKING = "<think>Let me see.</think>\n"
-
-
-def said(answer: str) -> str:
-    return THINKING + answer
-
-
-def boxed(answer: str) -> str:
-    return said(rf"The answer is \boxed{{{answer}}}.")
-
-
-def exact(answer: object = "Eiffel Tower", **more: object) -> dict:
-    return {"kind": "exact", "answer": answer, **more}
-
-
-def choice(answer: object = "B", **more: object) -> dict:
-    return {"kind": "choice", "answer": answer, "choices": ["red", "green", "blue", "a grey cat"], **more}
-
-
-def maths(answer: str = "5") -> dict:
-    return {"kind": "math", "answer": answer}
-
-
-def numeric(answer: float = 5, **more: object) -> dict:
-    return {"kind": "numeric", "answer": answer, **more}
-
-
-def count(answer: int = 3) -> dict:
-    return {"kind": "count", "answer": answer}
-
-
-def place(kind: str, answer: object, coordinates: str = "pixel", **more: object) -> dict:
-    return {"kind": kind, "answer": answer, "coordinates": coordinates, "image_size": [400, 300], **more}
-
 
 BOX = place("box", [[100, 100, 200, 200]])
 TWO_BOXES = place("box", [[0, 0, 100, 100], [200, 100, 300, 200]])
@@ -164,6 +133,9 @@ MATH_CASES = [
 ]
 
 NUMERIC_CASES = [
+    *numbers(),
+    *measures(),
+    *counts(),
     ("number", numeric(), boxed("5.0"), 1),
     ("number, wrong", numeric(), boxed("5.1"), 0),
     ("number, within tolerance", numeric(abs_tolerance=0.2), boxed("5.1"), 1),

@@ -22,6 +22,7 @@ from megatron_vl.rl.rewards.extract import MAX_ANSWER, normalise
 from megatron_vl.rl.rewards.geometry import CONVENTIONS, MAX_SHAPES, Canvas, Decay
 from megatron_vl.rl.rewards.grounding import polygon_corners, valid_polygon
 from megatron_vl.rl.rewards.gui import ACTIONS, TYPES, check_action
+from megatron_vl.rl.rewards.mathematics import latex
 from megatron_vl.rl.rewards.verdict import NotAnAnswer
 
 _EVERY = ("kind", "thinking", "check_process", "question")
@@ -153,7 +154,7 @@ class _Reader:
         if self.kind == "judge":
             return self.text("answer")
         if self.kind == "math":
-            return self.text("answer")
+            return latex(self.text("answer"))
         if self.kind == "numeric":
             return self.number("answer", least=-math.inf)
         if self.kind == "count":

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 VERSION = 2
 # The lowest score of every verifier: what malformed and truncated responses get.
 MINIMUM = 0.0
+# Reason of a VerifierError that is the data's fault: the gold answer of the task cannot be read.
+BAD_GOLD = "bad_gold"
 
 SHOWN = 120  # characters of a response that a verdict repeats
 

@@ -6,7 +6,7 @@ verifier error. Responses think first unless the name says otherwise.
 
 from __future__ import annotations
 
-from tests.rl.rewards.number_cases import counts, measures, numbers
+from tests.rl.rewards.number_cases import counts, measures, numbers, rewritten, small_numbers
 from tests.rl.rewards.records import boxed, choice, count, exact, maths, numeric, place, said
 
 ERROR = "error: "
@@ -129,7 +129,9 @@ MATH_CASES = [
     ("math, deep brackets", maths(), boxed("(" * 200 + "5" + ")" * 200), "hostile"),
     ("math, 500 digits", maths(), boxed("9" * 500), 0),
     ("math, 600 digits", maths(), boxed("9" * 600), "too_long"),
-    ("math, gold is no mathematics", maths(r"\foo{5}"), boxed("5"), ERROR + "gold_not_mathematics"),
+    ("math, gold is no mathematics", maths(r"\foo{5}"), boxed("5"), ERROR + "bad_gold"),
+    *small_numbers(),
+    *rewritten(),
 ]
 
 NUMERIC_CASES = [

@@ -132,9 +132,9 @@ def without_stop(text: str) -> str:
 def structured_answer(answer: str) -> str:
     r"""The text that holds coordinates or JSON: the content of the one `\boxed{}`, else all that follows the thinking.
 
-    Raises NotAnAnswer (`unbalanced_box`, `nested_box`, `several_answers`, `too_long`).
+    It is taken as it stands; `normalise` it for coordinates, not for JSON, whose strings are typed. Raises NotAnAnswer
+    (`unbalanced_box`, `nested_box`, `several_answers`, `too_long`).
     """
-    answer = normalise(answer)
     found = boxes(answer)
     if len(set(found)) > 1:
         raise NotAnAnswer("several_answers", f"{len(found)} boxes")

@@ -17,7 +17,8 @@ POINT = place("point", [100, 100])  # the diagonal is 500, so nothing is left at
 TRIANGLE = place("polygon", [[0, 0], [100, 0], [0, 100]])
 CLICK = place("gui", {"action": "click", "point": [100, 100]})
 BUTTON = place("gui", {"action": "click", "point": [90, 90, 110, 110]})
-TYPE = place("gui", {"action": "type", "text": "hello"})
+TYPE = place("gui", {"action": "type", "text": "Pa55word\u2013\u3002"})
+PRESS = place("gui", {"action": "press", "key": "A"})
 SCROLL = place("gui", {"action": "scroll", "direction": "down"})
 FORMAT = {"kind": "format", "boxed": True}
 NO_THINKING = exact("red", thinking=False)
@@ -201,6 +202,8 @@ PLACE_CASES = [
     ("box, JSON", BOX, said('```json\n[{"bbox_2d": [100, 100, 200, 200], "label": "dog"}]\n```'), 1),
     ("box, corners", BOX, said("(100, 100), (200, 200)"), 1),
     ("box, in a box", BOX, boxed("[100, 100, 200, 200]"), 1),
+    ("box, layout of LaTeX", BOX, boxed(r"\left(100,\,100,\,200,\,200\right)"), 1),
+    ("box, full width", BOX, said("\uff3b\uff11\uff10\uff10\uff0c100,200,200\uff3d"), 1),
     ("box, far", BOX, said("[300, 210, 400, 300]"), 0),
     ("box, decimals", BOX, said("[100.0, 1e2, 200., 200]"), 1),
     ("box, NaN", BOX, said("[nan, nan, nan, nan]"), "not_finite"),
@@ -303,7 +306,15 @@ GUI_CASES = [
     ("action, deep", CLICK, said("[" * 2000 + "]" * 2000), "json_too_deep"),
     ("action, deep and never closed", CLICK, said('{"a":' * 800), "json_too_deep"),
     ("action, long", CLICK, said('{"action": "%s"}' % ("a" * 5000)), "too_long"),
-    ("type", TYPE, said('{"action": "type", "text": "Hello"}'), 1),
+    ("type", TYPE, said('{"action": "type", "text": "Pa55word\\u2013\\u3002"}'), 1),
+    ("type, space at the end", TYPE, said('{"action": "type", "text": "Pa55word\u2013\u3002 "}'), 1),
+    ("type, other case", TYPE, said('{"action": "type", "text": "pa55word\u2013\u3002"}'), 0),
+    ("type, full stop", TYPE, said('{"action": "type", "text": "Pa55word\u2013\u3002."}'), 0),
+    ("type, another dash", TYPE, said('{"action": "type", "text": "Pa55word-\u3002"}'), 0),
+    ("type, invisible character", TYPE, said('{"action": "type", "text": "Pa55\u200bword\u2013\u3002"}'), 0),
+    ("type, fenced in one line", TYPE, said('```json {"action": "type", "text": "a`b"} ```'), 0),
+    ("press, other case", PRESS, said('{"action": "press", "key": "a"}'), 0),
+    ("press", PRESS, said('{"action": "press", "key": "A"}'), 1),
     ("type, wrong", TYPE, said('{"action": "type", "text": "bye"}'), 0),
     ("scroll", SCROLL, said('{"action": "scroll", "direction": "down"}'), 1),
     ("scroll, sideways", SCROLL, said('{"action": "scroll", "direction": "in"}'), "wrong_parameters"),

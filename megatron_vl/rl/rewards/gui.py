@@ -29,6 +29,7 @@ ACTIONS: Mapping[str, Mapping[str, object]] = {
     "done": {},
 }
 
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _FENCE = re.compile(r"```(?:json)?\s(?P<body>.*)```", re.DOTALL)
 
 
@@ -105,9 +106,9 @@ def score_action(
 
 
 def depth(text: str) -> int:
-    """How deep the brackets of a text nest at most, quoted ones included."""
+    """How deep the brackets of a JSON text nest at most, those in strings left out."""
     deepest = level = 0
-    for char in text:
+    for char in _STRING.sub("", text):
         if char in "[{":
             level += 1
             deepest = max(deepest, level)

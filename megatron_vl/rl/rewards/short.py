@@ -13,10 +13,10 @@ _WRAPPED = re.compile(
 )
 _ESCAPED = re.compile(r"\\([%$&#_])")
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
-_ALONE = re.compile(r"(?i:(?:option|choice)\s+)?\(?([A-Za-z])\)?[.:]?")
+_ALONE = re.compile(r"(?i:(?:option|choice)\s+)?[(\[\u3010]?([A-Za-z])[)\]\u3011]?[.:]?")
 # A small letter needs a bracket, a full stop or nothing after it: "a cat" does not choose A.
 _FIRST_LETTER = re.compile(
-    r"(?i:(?:option|choice)\s+)?\(?(?:(?P<letter>[A-Za-z])(?:\)|[.:](?=\s|$)|$)|(?P<capital>[A-Z])(?=[\s,-]))[.:,-]?\s*(?P<rest>.*)",
+    r"(?i:(?:option|choice)\s+)?[(\[\u3010]?(?:(?P<letter>[A-Za-z])(?:[)\]\u3011]|[.:](?=\s|$)|$)|(?P<capital>[A-Z])(?=[\s,.:-]))[.:,-]?\s*(?P<rest>.*)",
     re.DOTALL,
 )
 _SEVERAL = re.compile(r"\(?[A-Z]\)?(?:\s*(?:,|;|&|/|\band\b|,\s*and\b|和)?\s*\(?[A-Z]\)?)+\.?")
@@ -75,7 +75,7 @@ def chosen_letters(text: str, texts: dict[str, str], many: bool) -> frozenset[st
     if rest and rest != texts[letter]:
         if rest in texts.values():
             raise NotAnAnswer("contradiction", f"option {letter} with the text of another")
-        if rest.lstrip(":- ") == texts[letter]:
+        if texts[letter] in (rest.lstrip(":- "), rest.removeprefix("(").removesuffix(")")):
             return frozenset([letter])
         others = (set(_LETTER.findall(match["rest"])) & set(texts)) - {letter}
         raise NotAnAnswer(

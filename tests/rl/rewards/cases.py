@@ -18,6 +18,7 @@ TRIANGLE = place("polygon", [[0, 0], [100, 0], [0, 100]])
 CLICK = place("gui", {"action": "click", "point": [100, 100]})
 BUTTON = place("gui", {"action": "click", "point": [90, 90, 110, 110]})
 TYPE = place("gui", {"action": "type", "text": "Pa55word\u2013\u3002"})
+BRACKETS = place("gui", {"action": "type", "text": '\\"{{{{{[[[[['})
 PRESS = place("gui", {"action": "press", "key": "A"})
 SCROLL = place("gui", {"action": "scroll", "direction": "down"})
 FORMAT = {"kind": "format", "boxed": True}
@@ -104,6 +105,11 @@ CHOICE_CASES = [
     ("choice, full stop and none", choice(), said("Answer: B\nAnswer: B."), 1),
     ("choice, named", choice(), boxed("Option B"), 1),
     ("choice, dash before its text", choice(), boxed("B - green"), 1),
+    ("choice, colon before its text", choice(), boxed("B\uff1agreen"), 1),
+    ("choice, full stop before its text", choice(), boxed("B.green"), 1),
+    ("choice, its text in brackets", choice(), boxed("B (green)"), 1),
+    ("choice, another text in brackets", choice(), boxed("B (blue)"), "extra_text"),
+    ("choice, other brackets", choice(), said("\u3010B\u3011"), 1),
     ("choice, minus before a text", choice("A", choices=["5", "-5"]), boxed("A -5"), "contradiction"),
     ("choice, several right", choice(["A", "C"]), boxed("A, C"), 1),
     ("choice, several right, other spelling", choice(["A", "C"]), boxed("CA"), 1),
@@ -203,6 +209,9 @@ PLACE_CASES = [
     ("box, corners", BOX, said("(100, 100), (200, 200)"), 1),
     ("box, in a box", BOX, boxed("[100, 100, 200, 200]"), 1),
     ("box, layout of LaTeX", BOX, boxed(r"\left(100,\,100,\,200,\,200\right)"), 1),
+    ("box, display of LaTeX", BOX, said(r"\[100, 100, 200, 200\]"), 1),
+    ("box, between spaces", BOX, said("[100 100 200 200]"), 1),
+    ("box, words in brackets", BOX, said("The dog (number 2) is at [100, 100, 200, 200]."), 1),
     ("box, full width", BOX, said("\uff3b\uff11\uff10\uff10\uff0c100,200,200\uff3d"), 1),
     ("box, far", BOX, said("[300, 210, 400, 300]"), 0),
     ("box, decimals", BOX, said("[100.0, 1e2, 200., 200]"), 1),
@@ -313,6 +322,7 @@ GUI_CASES = [
     ("type, another dash", TYPE, said('{"action": "type", "text": "Pa55word-\u3002"}'), 0),
     ("type, invisible character", TYPE, said('{"action": "type", "text": "Pa55\u200bword\u2013\u3002"}'), 0),
     ("type, fenced in one line", TYPE, said('```json {"action": "type", "text": "a`b"} ```'), 0),
+    ("type, brackets", BRACKETS, said('{"action": "type", "text": "\\\\\\"{{{{{[[[[["}'), 1),
     ("press, other case", PRESS, said('{"action": "press", "key": "a"}'), 0),
     ("press", PRESS, said('{"action": "press", "key": "A"}'), 1),
     ("type, wrong", TYPE, said('{"action": "type", "text": "bye"}'), 0),

@@ -38,26 +38,30 @@ _NUMBER = (
 _NOT_FINITE = re.compile(r"(?i)(?<![a-z])(?:nan|inf|infinity)(?![a-z])|\\infty|\u221e")
 _TENS_WORDS = ("thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _NUMBER_WORDS = re.compile(rf"(?i)\b(?:{'|'.join((*WORDS, *_TENS_WORDS, *SCALES))})\b")
-# What makes a line say something else than its number: doubt, denial, comparison, arithmetic.
+# What makes a line say something else than its number: doubt, denial, comparison, multiples, arithmetic.
 _HEDGE = re.compile(
     r"(?i)\b(?:or|not|no|none|never|nor|neither|nothing|cannot|except|excluding|but|wrong|incorrect|false"
     r"|between|about|around|approx|approximately|circa|roughly|nearly|almost|maybe|perhaps|possibly|probably"
-    r"|least|most|less|fewer|more|than|to|either|another|each|apiece"
-    r"|minus|negative|plus|half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|thousandths?|millionths?"
-    r"|dozens?|pairs?|couples?|twice|double|triple|squared|cubed|root|sqrt|factorial|log|ln|exp|sin|cos|tan|mod|pi|lakhs?|crores?"
-    r"|hundreds|thousands|millions|billions|trillions)\b|n't\b|n\u2019t\b"
+    r"|least|most|less|fewer|more|than|to|either|another|each|apiece|minus|negative|plus"
+    r"|dozens?|pairs?|couples?|twice|squared|cubed|root|factorial|pi|lakhs?|crores?"
+    r"|hundreds|thousands|millions|billions|trillions)\b|n['\u2019]t\b"
     r"|[<>\u2264\u2265\u00b1\u2213~\u2248\u2243\u2245\u2260^!?\u221a+*/=|\\#\u00d7\u00b7\u03c0\u2030\u2031]"
     r"|[或不没約约近半负負十百千万萬亿億]"
 )
-# Directly behind a number: abbreviated millions, letters of mathematics, a compound ("5-year").
-_BEHIND = re.compile(r"\s*(?:[eikxyzMB]|bn|mn|mio|score)(?![a-zA-Z])|[-_]")
+_PARTS = r"(?:half|halves|(?:third|quarter|fifth|tenth|hundredth|thousandth|millionth)s?)"
+# Directly behind a number: abbreviated millions, letters of mathematics, fractions in words, a compound ("5-year").
+_BEHIND = re.compile(
+    rf"\s*(?:[eikxyzMB]|bn|mn|mio|score|(?:and\s+)?(?:an?\s+)?(?i:{_PARTS}))(?![a-zA-Z])|[-_]"
+)
+# Directly before it: a limit, a function, a part or a multiple; a dash that may be a sign, a sign before a bracket, a
+# second sign.
+_BEFORE = re.compile(
+    r"(?:\b(?i:over|under|above|below|beyond|without|sqrt|log|ln|exp|sin|cos|tan|double|triple"
+    rf"|{_PARTS}(?:\s+of)?(?:\s+the)?)\s+|[\u2014\u2015]|[-+]\s*[(\[{{]?\s*|[._])$"
+)
 # With units: a word or sign that looks like another one, and what makes another one of a unit.
 _UNIT_LIKE = re.compile(r"\s*[(\[]?\s*[^\W0-9_]|\s*[\u00b0'\"\u2032\u2033]")
 _PER = re.compile(r"\s*(?:per\b|[a-zA-Z](?![a-zA-Z]))")
-# Directly before it: a limit, a dash that may be a sign, a sign before a bracket, a second sign.
-_BEFORE = re.compile(
-    r"(?:\b(?i:over|under|above|below|beyond|without)\s+|[\u2014\u2015]|[-+]\s*[(\[{]?\s*|[._])$"
-)
 
 
 def score_numeric(
@@ -191,6 +195,7 @@ def _glued(before: str, after: str) -> bool:
 
 def _cleaned(text: str) -> str:
     text = re.sub(r"\\(?:text|textrm|textbf|mathrm|mathbf|mathit|rm)\s?\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\*\*|\\[()\[\]]", " ", text)  # emphasis and mathematics within a line
     # Thousands, as TeX writes them.
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,! ])(?=[0-9]{3}(?![0-9]))", ",", text)
     return _unit_form(re.sub(r"\\[,;:! ]", " ", text)).rstrip(".").strip()

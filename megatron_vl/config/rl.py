@@ -113,6 +113,13 @@ class JudgeConfig:
     api_key_env: str = key("environment variable that holds the key; empty = none", "")
     request_seconds: float = key("of one attempt", 120.0, above=0)
     total_seconds: float = key("of all attempts of one request", 600.0, above=0)
+    attempts: int = key(
+        "of one request, after time-outs, refused connections and busy servers", 4, at_least=1
+    )
+    backoff_seconds: float = key(
+        "pause after the first attempt that failed, doubled after each up to 30", 1.0, at_least=0, at_most=30
+    )
+    max_tokens: int = key("of the judge's reply, its reasoning included", 4096, at_least=1)
     concurrency: int = key("requests at once", 32, at_least=1)
 
 

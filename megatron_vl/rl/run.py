@@ -139,5 +139,8 @@ def server_settings(judge: JudgeConfig) -> ServerSettings:
         judge.api_key_env,
         request_seconds=judge.request_seconds,
         total_seconds=judge.total_seconds,
+        attempts=judge.attempts,
+        backoff_seconds=judge.backoff_seconds,
+        max_tokens=judge.max_tokens,
         concurrency=judge.concurrency,
     )

@@ -31,7 +31,8 @@ class ServerSettings:
     base_url: up to and including /v1. model: as the server names it in its answers; another one is refused.
     api_key_env: name of the environment variable with the key, empty for none. request_seconds: of one attempt, from
     connecting to the last byte. total_seconds: of all attempts of one request with the waits between, without waiting
-    for one of `concurrency` places. max_tokens: of an answer.
+    for one of `concurrency` places. max_tokens: of an answer. max_backoff_seconds and max_body_bytes are fixed in a
+    run.
     """
 
     base_url: str
@@ -64,7 +65,7 @@ class ServerSettings:
             # The value is not shown: a key may stand in it.
             problems.append(
                 Problem(
-                    "judge.base_url",
+                    "rl.rewards.judge.base_url",
                     None,
                     "must be an http or https address without user, password, query or fragment",
                     "write e.g. http://judge:8000/v1; the key goes into the variable that api_key_env names",
@@ -73,17 +74,24 @@ class ServerSettings:
             )
         if not self.model:
             problems.append(
-                Problem("judge.model", self.model, "must not be empty", "ask the server: GET /v1/models")
+                Problem(
+                    "rl.rewards.judge.model",
+                    self.model,
+                    "must not be empty",
+                    "ask the server: GET /v1/models",
+                )
             )
         if self.api_key_env and not os.environ.get(self.api_key_env):
             remedy = "export it, or set api_key_env to '' for a server without keys"
             problems.append(
-                Problem("judge.api_key_env", self.api_key_env, "is a variable that is not set", remedy)
+                Problem(
+                    "rl.rewards.judge.api_key_env", self.api_key_env, "is a variable that is not set", remedy
+                )
             )
         elif self.api_key_env and not _sendable(os.environ[self.api_key_env]):
             problems.append(
                 Problem(
-                    "judge.api_key_env",
+                    "rl.rewards.judge.api_key_env",
                     self.api_key_env,
                     "holds a line break or other characters that no header can",
                     "export it anew",
@@ -98,7 +106,9 @@ class ServerSettings:
             "max_tokens",
         ):
             if not getattr(self, name) > 0:
-                problems.append(Problem(f"judge.{name}", getattr(self, name), "must be above 0", "raise it"))
+                problems.append(
+                    Problem(f"rl.rewards.judge.{name}", getattr(self, name), "must be above 0", "raise it")
+                )
         return problems
 
 

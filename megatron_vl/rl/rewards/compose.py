@@ -25,15 +25,17 @@ class RewardWeights:
     def __post_init__(self) -> None:
         problems = []
         if not 0 < self.score < float("inf"):
-            problems.append(Problem("rewards.score", self.score, "must be above 0", "use 1"))
+            problems.append(Problem("rl.rewards.score", self.score, "must be above 0", "use 1"))
         if not 0 <= self.language < self.score:
             remedy = "lower it: a right answer must stay better than a wrong one"
             problems.append(
-                Problem("rewards.language", self.language, "must be from 0 to below rewards.score", remedy)
+                Problem(
+                    "rl.rewards.language", self.language, "must be from 0 to below rl.rewards.score", remedy
+                )
             )
         if not 0 < self.language_share <= 1:
             problems.append(
-                Problem("rewards.language_share", self.language_share, "must be in (0, 1]", "use 0.8")
+                Problem("rl.rewards.language_share", self.language_share, "must be in (0, 1]", "use 0.8")
             )
         raise_if_any(problems)
 

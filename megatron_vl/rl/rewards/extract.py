@@ -26,9 +26,11 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-"))
 _SCRIPTS = re.compile(f"[{''.join(_RAISED)}]+|[{''.join(_LOWERED)}]+")
 _FRACTION_AFTER_DIGIT = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])")
 _SAME = str.maketrans(
-    {"\u2212": "-", "\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2044": "/", "。": ".", "、": ","}
+    {**dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2796", "-"), "\u2044": "/", "。": ".", "、": ","}
 )
 _BRACES = re.compile(r"\\boxed\s*\{|\\boxed|\\[\\{}]|[{}]")
+# Neither the last of several full stops nor the bracket that LaTeX does not show.
+_STOP = re.compile(r"(?<![.])(?<!\\left)(?<!\\right)\.$")
 _CUE = re.compile(
     r"(?:\banswer\b\*{0,2}(?:\s{1,4}is\b|\s{0,4}[:=])|答案(?:是|为|:)):?\s{0,8}(?P<rest>\S.*)$",
     re.IGNORECASE | re.MULTILINE,
@@ -122,12 +124,17 @@ def short_answer(answer: str, need_box: bool) -> Extracted:
     return Extracted(text, boxed=bool(found))
 
 
+def without_stop(text: str) -> str:
+    """Without the full stop that ends a sentence."""
+    return _STOP.sub("", text).rstrip()
+
+
 def structured_answer(answer: str) -> str:
     r"""The text that holds coordinates or JSON: the content of the one `\boxed{}`, else all that follows the thinking.
 
-    Raises NotAnAnswer (`unbalanced_box`, `nested_box`, `several_answers`, `too_long`).
+    It is taken as it stands; `normalise` it for coordinates, not for JSON, whose strings are typed. Raises NotAnAnswer
+    (`unbalanced_box`, `nested_box`, `several_answers`, `too_long`).
     """
-    answer = normalise(answer)
     found = boxes(answer)
     if len(set(found)) > 1:
         raise NotAnAnswer("several_answers", f"{len(found)} boxes")
@@ -135,9 +142,9 @@ def structured_answer(answer: str) -> str:
 
 
 def _stripped(text: str) -> str:
-    """Without white space, Markdown emphasis and mathematics delimiters around it."""
+    """Without white space, Markdown emphasis and mathematics delimiters around it, and the full stop at its end."""
     while True:
-        before, text = text, text.strip().removesuffix("**.").strip("*`").strip()
+        before, text = text, without_stop(text.strip()).strip("*`").strip()
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             inner = text[len(left) : len(text) - len(right)]
             if (

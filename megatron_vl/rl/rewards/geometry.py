@@ -22,6 +22,7 @@ MAX_SHAPES = 64  # boxes or points of one answer, corners of a polygon
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
+_LAYOUT = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|\\(?=[\[\]()])")  # of LaTeX
 _GROUP = re.compile(r"\[([^\[\](){}]*)\]|\(([^\[\](){}]*)\)")
 _WORDLIKE_NUMBER = re.compile(r"\s*[+-]?(?:[0-9.]+(?:[eE][+-]?[0-9]+)?|(?i:nan|inf(?:inity)?))\s*")
 
@@ -74,16 +75,18 @@ class Decay:
 
 
 def number_groups(text: str) -> list[tuple[float, ...]]:
-    """The bracketed lists of at least two numbers in a text, in order; other brackets are prose.
+    """The bracketed lists of at least two numbers, between commas or white space, in order; other brackets are prose.
 
     A text that is nothing but numbers, between commas or white space, is one list.
 
     Raises NotAnAnswer (`no_coordinates`, `not_finite`, `not_a_number`, `number_too_long`, `too_many`).
     """
-    groups = []
+    groups, text = [], _LAYOUT.sub("", text)
     for match in _GROUP.finditer(text):
-        parts = (match[1] if match[1] is not None else match[2]).split(",")
-        if len(parts) < 2 or not any(_WORDLIKE_NUMBER.fullmatch(part) for part in parts):
+        inside = match[1] if match[1] is not None else match[2]
+        parts = inside.split(",") if "," in inside else inside.split()
+        enough = any if "," in inside else all  # between spaces, words are prose
+        if len(parts) < 2 or not enough(_WORDLIKE_NUMBER.fullmatch(part) for part in parts):
             continue
         if len(groups) == MAX_SHAPES or len(parts) > 2 * MAX_SHAPES:
             raise NotAnAnswer("too_many", f"more than {MAX_SHAPES} lists or pairs of numbers")

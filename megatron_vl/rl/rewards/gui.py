@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 
 from megatron_vl.rl.rewards.geometry import Canvas, Decay, point_closeness
 from megatron_vl.rl.rewards.numeric import MAX_DIGITS
-from megatron_vl.rl.rewards.short import exact_form
 from megatron_vl.rl.rewards.verdict import NotAnAnswer, Ok, shown
 
 # What a parameter may be; a list of strings instead names the allowed ones.
@@ -29,7 +29,8 @@ ACTIONS: Mapping[str, Mapping[str, object]] = {
     "done": {},
 }
 
-_FENCE = re.compile(r"```(?:json)?\s*\n(?P<body>[^`]*)\n\s*```")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?\s(?P<body>.*)```", re.DOTALL)
 
 
 def read_action(text: str, actions: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
@@ -79,8 +80,9 @@ def score_action(
 ) -> Ok:
     """0 for another action than `gold`, else the mean over its parameters, 1 without any.
 
-    A point scores as in `score_points`, or 1 inside and 0 outside where `gold` has a box of four numbers; strings by
-    `exact_form`; all else by equality. Raises NotAnAnswer: see `read_action`, and `out_of_image`.
+    A point scores as in `score_points`, or 1 inside and 0 outside where `gold` has a box of four numbers; strings,
+    which are typed, are compared to the letter but for white space around them; all else by equality. Raises
+    NotAnAnswer: see `read_action`, and `out_of_image`.
     """
     given = read_action(text, actions)
     points = [key for key, kind in actions[str(given["action"])].items() if kind == "point"]
@@ -96,7 +98,7 @@ def score_action(
             reach = radius * canvas.diagonal
             scores[key] = decay(point_closeness(places[key], canvas.point(*wanted), reach))
         elif isinstance(wanted, str):
-            scores[key] = float(exact_form(str(given[key]), False) == exact_form(wanted, False))
+            scores[key] = float(str(given[key]).strip() == wanted.strip())
         else:
             scores[key] = float(given[key] == wanted)
     action = scores.pop("action")
@@ -104,9 +106,9 @@ def score_action(
 
 
 def depth(text: str) -> int:
-    """How deep the brackets of a text nest at most, quoted ones included."""
+    """How deep the brackets of a JSON text nest at most, those in strings left out."""
     deepest = level = 0
-    for char in text:
+    for char in _STRING.sub("", text):
         if char in "[{":
             level += 1
             deepest = max(deepest, level)
@@ -117,18 +119,19 @@ def depth(text: str) -> int:
 
 def _fits(value: object, kind: object) -> bool:
     if kind == "point":
-        return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+        return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
     if kind == "string":
         return isinstance(value, str)
     if kind == "integer":
         return isinstance(value, int) and not isinstance(value, bool)
     if kind == "number":
-        return _is_number(value)
+        return is_number(value)
     return isinstance(value, str) and value in kind  # type: ignore[operator]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and abs(value) <= sys.float_info.max  # no NaN, no integer that no float holds
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -129,10 +129,11 @@ def _short(task: Task, text: str, answer: str, services: Services) -> Verdict:
 
 
 def _grounded(task: Task, answer: str) -> Verdict:
-    text, canvas, decay = extract.structured_answer(answer), task.canvas, task.decay
+    canvas, decay = task.canvas, task.decay
     if task.kind == "gui":
-        action = json.loads(task.answer)
+        text, action = extract.structured_answer(answer), json.loads(task.answer)
         return score_action(action, task.action_schema, canvas, decay, task.radius, text)
+    text = extract.structured_answer(extract.normalise(answer))
     if task.kind == "box":
         gold: list[Box] = [canvas.box(box) for box in task.answer]
         return score_boxes(gold, canvas, decay, text)

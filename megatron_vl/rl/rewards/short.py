@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from megatron_vl.rl.rewards.extract import Extracted, normalise
 from megatron_vl.rl.rewards.verdict import NotAnAnswer, Ok, shown
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol|mathsf)\s?\{([^{}]*)\}")
+_WRAPPED = re.compile(
+    r"\\(?:text|textbf|textit|textrm|emph|mathrm|mathbf|mathit|boldsymbol|mathsf)\s?\{([^{}]*)\}"
+)
+_ESCAPED = re.compile(r"\\([%$&#_])")
+_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+_ALONE = re.compile(r"(?i:(?:option|choice)\s+)?[(\[\u3010]?([A-Za-z])[)\]\u3011]?[.:]?")
 # A small letter needs a bracket, a full stop or nothing after it: "a cat" does not choose A.
 _FIRST_LETTER = re.compile(
-    r"\(?(?:(?P<letter>[A-Za-z])(?:\)|[.:](?=\s|$)|$)|(?P<capital>[A-Z])(?=[\s,-]))[.:,-]?\s*(?P<rest>.*)",
+    r"(?i:(?:option|choice)\s+)?[(\[\u3010]?(?:(?P<letter>[A-Za-z])(?:[)\]\u3011]|[.:](?=\s|$)|$)|(?P<capital>[A-Z])(?=[\s,.:-]))[.:,-]?\s*(?P<rest>.*)",
     re.DOTALL,
 )
 _SEVERAL = re.compile(r"\(?[A-Z]\)?(?:\s*(?:,|;|&|/|\band\b|,\s*and\b|和)?\s*\(?[A-Z]\)?)+\.?")
@@ -19,8 +24,10 @@ _LETTER = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 
 
 def exact_form(text: str, case_sensitive: bool) -> str:
-    """What is compared: NFKC, one space for any white space, no full stop at the end, case folded by default."""
-    text = " ".join(_WRAPPED.sub(r"\1", normalise(text)).split()).rstrip(".").rstrip()
+    """What is compared: NFKC, one space for any white space, straight quotation marks, no full stop at the end, LaTeX's
+    \\text{} and \\% as plain text, case folded by default."""
+    text = _ESCAPED.sub(r"\1", _WRAPPED.sub(r"\1", normalise(text))).translate(_QUOTES)
+    text = " ".join(text.split()).rstrip(".").rstrip()
     return text if case_sensitive else text.casefold()
 
 
@@ -34,7 +41,8 @@ def score_choice(gold: frozenset[str], choices: Sequence[str], answer: Extracted
     """1 if the letters of the answer are exactly those of `gold`, else 0.
 
     gold: letters A, B, ... choices: texts of the options in order, so that an answer may also be the text of one or
-    "B. its text". Raises NotAnAnswer (`no_choice`, `several_answers`, `contradiction`, `extra_text`).
+    "B. its text"; a letter of an option that stands alone is that letter, whatever the texts are. Raises NotAnAnswer
+    (`no_choice`, `several_answers`, `contradiction`, `extra_text`).
     """
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     texts = dict(zip(letters, (exact_form(choice, False) for choice in choices)))
@@ -47,6 +55,9 @@ def chosen_letters(text: str, texts: dict[str, str], many: bool) -> frozenset[st
 
     many: whether a question asks for several. Raises NotAnAnswer: see `score_choice`.
     """
+    alone = _ALONE.fullmatch(text)
+    if alone and alone[1].upper() in texts:
+        return frozenset([alone[1].upper()])
     by_text = [letter for letter, option in texts.items() if option == exact_form(text, False)]
     if len(by_text) == 1:
         return frozenset(by_text)
@@ -59,9 +70,13 @@ def chosen_letters(text: str, texts: dict[str, str], many: bool) -> frozenset[st
         raise NotAnAnswer(reason, f"{shown(text)} does not begin with the letter of an option")
     letter = _known((match["letter"] or match["capital"]).upper(), texts)
     rest = exact_form(match["rest"], False)
+    if len(rest) == 1 and rest.upper() in set(texts) - {letter} and match["capital"]:
+        raise NotAnAnswer("several_answers", f"the letters {letter} and {rest.upper()}")
     if rest and rest != texts[letter]:
         if rest in texts.values():
             raise NotAnAnswer("contradiction", f"option {letter} with the text of another")
+        if texts[letter] in (rest.lstrip(":- "), rest.removeprefix("(").removesuffix(")")):
+            return frozenset([letter])
         others = (set(_LETTER.findall(match["rest"])) & set(texts)) - {letter}
         raise NotAnAnswer(
             "several_answers" if others else "extra_text",

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 
 from megatron_vl.errors import MegatronVLError
-from megatron_vl.rl.rewards.verdict import MINIMUM, Malformed, Ok, Verdict, VerifierError
+from megatron_vl.rl.rewards.verdict import BAD_GOLD, MINIMUM, Malformed, Ok, Verdict, VerifierError
 
 
 class TooManyVerifierErrors(MegatronVLError):
@@ -58,11 +58,18 @@ class Tally:
     def check(self) -> None:
         """Raises TooManyVerifierErrors by the rule of `too_many`."""
         if self.too_many:
-            errors = self.errors
+            errors, bad = self.errors, self.count("verifier_error", BAD_GOLD)
+            remedies = []
+            if bad:
+                remedies.append(
+                    f"mend or leave out the tasks whose gold answer cannot be read ({bad} verdicts)"
+                )
+            if errors > bad:
+                remedies.append("repair the verifier (is the judge's server up? see docs/rewards.md)")
             raise TooManyVerifierErrors(
                 f"{errors} of {self.total} verdicts of this iteration are missing, at most a share of "
                 f"{self.max_error_share:g} may be; first: {self.example}. {self.summary()}. No update was made from "
-                "them. Repair the verifier (is the judge's server up? see docs/rewards.md) and start again"
+                f"them; {', and '.join(remedies)}, then start again"
             )
 
     def metrics(self) -> dict[str, float]:

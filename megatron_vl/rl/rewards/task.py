@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_vl.errors import DataError
-from megatron_vl.rl.rewards.extract import MAX_ANSWER
+from megatron_vl.rl.rewards.extract import MAX_ANSWER, normalise
 from megatron_vl.rl.rewards.geometry import CONVENTIONS, MAX_SHAPES, Canvas, Decay
 from megatron_vl.rl.rewards.grounding import polygon_corners, valid_polygon
-from megatron_vl.rl.rewards.gui import ACTIONS, TYPES, check_action
+from megatron_vl.rl.rewards.gui import ACTIONS, TYPES, check_action, is_number
+from megatron_vl.rl.rewards.mathematics import latex
 from megatron_vl.rl.rewards.verdict import NotAnAnswer
 
 _EVERY = ("kind", "thinking", "check_process", "question")
@@ -39,6 +40,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "judge": ("answer", "boxed"),
     "format": ("boxed",),
 }
+MAX_SIDE = 1_000_000  # pixels of an image
 GROUNDED = ("box", "point", "polygon", "gui")
 
 
@@ -102,7 +104,7 @@ class _Reader:
             raise DataError(f"{where} is {_shown(record)}; it must be an object with kind and answer")
         self.record, self.where = record, where
         self.kind = record.get("kind")
-        if self.kind not in KEYS:
+        if not isinstance(self.kind, str) or self.kind not in KEYS:
             raise self.error("kind", f"must be one of {', '.join(KEYS)}")
 
     def task(self) -> Task:
@@ -115,7 +117,8 @@ class _Reader:
         readers: dict[str, Callable[[str], object]] = {
             **dict.fromkeys(("thinking", "boxed", "check_process", "case_sensitive", "clip"), self.flag),
             **dict.fromkeys(("abs_tolerance", "rel_tolerance"), self.number),
-            **dict.fromkeys(("choices", "units"), self.texts),
+            "choices": self.texts,
+            "units": lambda key: tuple(map(normalise, self.texts(key))),
             "kind": self.text,
             "question": self.text,
             "coordinates": self.convention,
@@ -149,8 +152,10 @@ class _Reader:
             return self.texts("answer") if isinstance(value, list) else (self.text("answer"),)
         if self.kind == "choice":
             return self.letters(task)
-        if self.kind in ("math", "judge"):
+        if self.kind == "judge":
             return self.text("answer")
+        if self.kind == "math":
+            return latex(self.text("answer"))
         if self.kind == "numeric":
             return self.number("answer", least=-math.inf)
         if self.kind == "count":
@@ -168,7 +173,7 @@ class _Reader:
         if len(shapes) > MAX_SHAPES:
             raise self.error("answer", f"has more than {MAX_SHAPES} places")
         if not all(
-            isinstance(shape, list) and len(shape) == length and all(map(_is_number, shape))
+            isinstance(shape, list) and len(shape) == length and all(map(is_number, shape))
             for shape in shapes
         ):
             raise self.error("answer", f"must be lists of {length} finite numbers")
@@ -186,7 +191,7 @@ class _Reader:
         boxed_points = isinstance(value, dict) and {
             key: [0, 0]
             for key, place in value.items()
-            if isinstance(place, list) and len(place) == 4 and all(map(_is_number, place))
+            if isinstance(place, list) and len(place) == 4 and all(map(is_number, place))
         }
         check_action({**value, **boxed_points} if isinstance(value, dict) else value, schema)
         for key, kind in schema[value["action"]].items():
@@ -219,9 +224,9 @@ class _Reader:
 
     def size(self, key: str) -> tuple[int, int]:
         value = self.record[key]
-        whole = isinstance(value, list) and all(type(side) is int and side > 0 for side in value)
+        whole = isinstance(value, list) and all(type(side) is int and 0 < side <= MAX_SIDE for side in value)
         if not whole or len(value) != 2:
-            raise self.error(key, "must be [width, height] in pixels")
+            raise self.error(key, f"must be [width, height] in pixels, at most {MAX_SIDE} each")
         return tuple(value)
 
     def convention(self, key: str) -> str:
@@ -253,21 +258,17 @@ class _Reader:
         self, key: str, least: float = 0.0, above: float = -math.inf, below: float = math.inf
     ) -> float:
         value = self.record[key]
-        if not _is_number(value) or not least <= value < below or value <= above:
-            bounds = f"from {least:g}" if above < least else f"above {above:g}"
-            raise self.error(
-                key,
-                f"must be a finite number {bounds}" + (f" and below {below:g}" if below < math.inf else ""),
+        if not is_number(value) or not least <= value < below or value <= above:
+            bounds = (
+                "" if least == -math.inf else f" from {least:g}" if above < least else f" above {above:g}"
             )
+            bounds += f" and below {below:g}" if below < math.inf else ""
+            raise self.error(key, f"must be a finite number{bounds}")
         return float(value)
 
     def error(self, key: str, rule: str) -> DataError:
         given = f"= {_shown(self.record[key])}" if key in self.record else "is missing"
         return DataError(f"{self.where}.{key} {given}: it {rule}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shown(value: object) -> str:

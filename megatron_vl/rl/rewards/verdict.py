@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # Raised whenever the same task and response could get another verdict than before; stored with every reward.
-VERSION = 1
+VERSION = 2
 # The lowest score of every verifier: what malformed and truncated responses get.
 MINIMUM = 0.0
+# Reason of a VerifierError that is the data's fault: the gold answer of the task cannot be read.
+BAD_GOLD = "bad_gold"
 
 SHOWN = 120  # characters of a response that a verdict repeats
 

@@ -6,41 +6,10 @@ verifier error. Responses think first unless the name says otherwise.
 
 from __future__ import annotations
 
+from tests.rl.rewards.number_cases import counts, measures, numbers, rewritten, small_numbers
+from tests.rl.rewards.records import boxed, choice, count, exact, maths, numeric, place, said
+
 ERROR = "error: "
-THINKING = "<think>Let me see.</think>\n"
-
-
-def said(answer: str) -> str:
-    return THINKING + answer
-
-
-def boxed(answer: str) -> str:
-    return said(rf"The answer is \boxed{{{answer}}}.")
-
-
-def exact(answer: object = "Eiffel Tower", **more: object) -> dict:
-    return {"kind": "exact", "answer": answer, **more}
-
-
-def choice(answer: object = "B", **more: object) -> dict:
-    return {"kind": "choice", "answer": answer, "choices": ["red", "green", "blue", "a grey cat"], **more}
-
-
-def maths(answer: str = "5") -> dict:
-    return {"kind": "math", "answer": answer}
-
-
-def numeric(answer: float = 5, **more: object) -> dict:
-    return {"kind": "numeric", "answer": answer, **more}
-
-
-def count(answer: int = 3) -> dict:
-    return {"kind": "count", "answer": answer}
-
-
-def place(kind: str, answer: object, coordinates: str = "pixel", **more: object) -> dict:
-    return {"kind": kind, "answer": answer, "coordinates": coordinates, "image_size": [400, 300], **more}
-
 
 BOX = place("box", [[100, 100, 200, 200]])
 TWO_BOXES = place("box", [[0, 0, 100, 100], [200, 100, 300, 200]])
@@ -48,7 +17,9 @@ POINT = place("point", [100, 100])  # the diagonal is 500, so nothing is left at
 TRIANGLE = place("polygon", [[0, 0], [100, 0], [0, 100]])
 CLICK = place("gui", {"action": "click", "point": [100, 100]})
 BUTTON = place("gui", {"action": "click", "point": [90, 90, 110, 110]})
-TYPE = place("gui", {"action": "type", "text": "hello"})
+TYPE = place("gui", {"action": "type", "text": "Pa55word\u2013\u3002"})
+BRACKETS = place("gui", {"action": "type", "text": '\\"{{{{{[[[[['})
+PRESS = place("gui", {"action": "press", "key": "A"})
 SCROLL = place("gui", {"action": "scroll", "direction": "down"})
 FORMAT = {"kind": "format", "boxed": True}
 NO_THINKING = exact("red", thinking=False)
@@ -84,6 +55,10 @@ EXACT_CASES = [
     ("exact, one cue repeated", exact(), said("Answer: Eiffel Tower\nAnswer: Eiffel  Tower"), 1),
     ("exact, many lines", exact(), said("Eiffel\nTower"), "no_answer"),
     ("exact, box asked", exact(boxed=True), said("Eiffel Tower"), "no_box"),
+    ("exact, full stop and none", exact(), said("Answer: Eiffel Tower\nAnswer: Eiffel Tower."), 1),
+    ("exact, abbreviation", exact("U.S."), boxed("U.S."), 1),
+    ("exact, escaped", exact("50%"), boxed(r"50\%"), 1),
+    ("exact, quotation mark", exact("it's"), boxed("it\u2019s"), 1),
     ("exact, two boxes", exact("4"), said(r"\boxed{4} or \boxed{5}"), "several_answers"),
     ("exact, two boxes alike", exact("4"), said(r"\boxed{4}, so \boxed{ 4 }"), 1),
     ("exact, box not closed", exact("4"), said(r"\boxed{4} and \boxed{4"), "unbalanced_box"),
@@ -122,6 +97,20 @@ CHOICE_CASES = [
     ("choice, not offered", choice(), boxed("E"), "no_choice"),
     ("choice, explained in the box", choice(), boxed("B. it looks so"), "extra_text"),
     ("choice, word", choice(), boxed("yes"), "no_choice"),
+    ("choice, letters as texts", choice("A", choices=["B", "A", "C"]), boxed("A"), 1),
+    ("choice, letters as texts, small", choice("A", choices=["b", "a", "c"]), boxed("(a)"), 1),
+    ("choice, letters as texts, both", choice("A", choices=["B", "A", "C"]), boxed("A. B"), 1),
+    ("choice, letters as texts, two", choice("A", choices=["B", "A", "C"]), boxed("A, B"), "several_answers"),
+    ("choice, a text that is no letter of an option", choice("B", choices=["E", "F"]), boxed("F"), 1),
+    ("choice, full stop and none", choice(), said("Answer: B\nAnswer: B."), 1),
+    ("choice, named", choice(), boxed("Option B"), 1),
+    ("choice, dash before its text", choice(), boxed("B - green"), 1),
+    ("choice, colon before its text", choice(), boxed("B\uff1agreen"), 1),
+    ("choice, full stop before its text", choice(), boxed("B.green"), 1),
+    ("choice, its text in brackets", choice(), boxed("B (green)"), 1),
+    ("choice, another text in brackets", choice(), boxed("B (blue)"), "extra_text"),
+    ("choice, other brackets", choice(), said("\u3010B\u3011"), 1),
+    ("choice, minus before a text", choice("A", choices=["5", "-5"]), boxed("A -5"), "contradiction"),
     ("choice, several right", choice(["A", "C"]), boxed("A, C"), 1),
     ("choice, several right, other spelling", choice(["A", "C"]), boxed("CA"), 1),
     ("choice, several right, one given", choice(["A", "C"]), boxed("A"), 0),
@@ -160,10 +149,15 @@ MATH_CASES = [
     ("math, deep brackets", maths(), boxed("(" * 200 + "5" + ")" * 200), "hostile"),
     ("math, 500 digits", maths(), boxed("9" * 500), 0),
     ("math, 600 digits", maths(), boxed("9" * 600), "too_long"),
-    ("math, gold is no mathematics", maths(r"\foo{5}"), boxed("5"), ERROR + "gold_not_mathematics"),
+    ("math, gold is no mathematics", maths(r"\foo{5}"), boxed("5"), ERROR + "bad_gold"),
+    *small_numbers(),
+    *rewritten(),
 ]
 
 NUMERIC_CASES = [
+    *numbers(),
+    *measures(),
+    *counts(),
     ("number", numeric(), boxed("5.0"), 1),
     ("number, wrong", numeric(), boxed("5.1"), 0),
     ("number, within tolerance", numeric(abs_tolerance=0.2), boxed("5.1"), 1),
@@ -214,6 +208,11 @@ PLACE_CASES = [
     ("box, JSON", BOX, said('```json\n[{"bbox_2d": [100, 100, 200, 200], "label": "dog"}]\n```'), 1),
     ("box, corners", BOX, said("(100, 100), (200, 200)"), 1),
     ("box, in a box", BOX, boxed("[100, 100, 200, 200]"), 1),
+    ("box, layout of LaTeX", BOX, boxed(r"\left(100,\,100,\,200,\,200\right)"), 1),
+    ("box, display of LaTeX", BOX, said(r"\[100, 100, 200, 200\]"), 1),
+    ("box, between spaces", BOX, said("[100 100 200 200]"), 1),
+    ("box, words in brackets", BOX, said("The dog (number 2) is at [100, 100, 200, 200]."), 1),
+    ("box, full width", BOX, said("\uff3b\uff11\uff10\uff10\uff0c100,200,200\uff3d"), 1),
     ("box, far", BOX, said("[300, 210, 400, 300]"), 0),
     ("box, decimals", BOX, said("[100.0, 1e2, 200., 200]"), 1),
     ("box, NaN", BOX, said("[nan, nan, nan, nan]"), "not_finite"),
@@ -316,7 +315,16 @@ GUI_CASES = [
     ("action, deep", CLICK, said("[" * 2000 + "]" * 2000), "json_too_deep"),
     ("action, deep and never closed", CLICK, said('{"a":' * 800), "json_too_deep"),
     ("action, long", CLICK, said('{"action": "%s"}' % ("a" * 5000)), "too_long"),
-    ("type", TYPE, said('{"action": "type", "text": "Hello"}'), 1),
+    ("type", TYPE, said('{"action": "type", "text": "Pa55word\\u2013\\u3002"}'), 1),
+    ("type, space at the end", TYPE, said('{"action": "type", "text": "Pa55word\u2013\u3002 "}'), 1),
+    ("type, other case", TYPE, said('{"action": "type", "text": "pa55word\u2013\u3002"}'), 0),
+    ("type, full stop", TYPE, said('{"action": "type", "text": "Pa55word\u2013\u3002."}'), 0),
+    ("type, another dash", TYPE, said('{"action": "type", "text": "Pa55word-\u3002"}'), 0),
+    ("type, invisible character", TYPE, said('{"action": "type", "text": "Pa55\u200bword\u2013\u3002"}'), 0),
+    ("type, fenced in one line", TYPE, said('```json {"action": "type", "text": "a`b"} ```'), 0),
+    ("type, brackets", BRACKETS, said('{"action": "type", "text": "\\\\\\"{{{{{[[[[["}'), 1),
+    ("press, other case", PRESS, said('{"action": "press", "key": "a"}'), 0),
+    ("press", PRESS, said('{"action": "press", "key": "A"}'), 1),
     ("type, wrong", TYPE, said('{"action": "type", "text": "bye"}'), 0),
     ("scroll", SCROLL, said('{"action": "scroll", "direction": "down"}'), 1),
     ("scroll, sideways", SCROLL, said('{"action": "scroll", "direction": "in"}'), "wrong_parameters"),

@@ -292,7 +292,7 @@ def test_whether_the_image_is_needed(seen, blind, keep, reason):
         (dict(base_url="http://judge:99999/v1"), "must be an http or https address"),
         (dict(base_url="http://judge/v1\r\nX: y"), "must be an http or https address"),
         (dict(base_url="file:///etc/passwd"), "must be an http or https address"),
-        (dict(model=""), "judge.model"),
+        (dict(model=""), "rl.rewards.judge.model"),
         (dict(api_key_env="NO_SUCH_KEY"), "is a variable that is not set"),
         (dict(api_key_env="BAD_KEY"), "no header can"),
         (dict(attempts=0, request_seconds=-1.0), "2 problems"),

@@ -72,6 +72,18 @@ def test_a_time_out_masks_the_sample_and_the_rule_stops_the_run():
             tally.check()
 
 
+def test_a_gold_answer_that_is_no_mathematics_is_named_as_such(math_pool):
+    task = parse_task({"kind": "math", "answer": r"\foo{5}", "thinking": False})
+    with pytest.raises(TooManyVerifierErrors) as error:
+        score_all([task], [r"\boxed{5}"], [STOP], Services(math=math_pool), max_error_share=0.0)
+    message = str(error.value)
+    assert (
+        "whose gold answer cannot be read (1 verdicts)" in message
+        and "1 verifier errors (bad_gold 1)" in message
+    )
+    assert "judge" not in message
+
+
 @pytest.mark.slow
 def test_processes_are_replaced():
     with MathPool(MathSettings(processes=1, recycle_after=2, timeout_seconds=60.0)) as pool:

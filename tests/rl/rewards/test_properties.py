@@ -13,7 +13,8 @@ from megatron_vl.rl.rewards.geometry import Canvas, Decay, best_assignment, iou,
 from megatron_vl.rl.rewards.score import LENGTH, STOP, Services, score
 from megatron_vl.rl.rewards.task import parse_task
 from megatron_vl.rl.rewards.verdict import Malformed, Ok, VerifierError
-from tests.rl.rewards.cases import BOX, CASES, POINT, TRIANGLE, place, said
+from tests.rl.rewards.cases import BOX, CASES, POINT, TRIANGLE
+from tests.rl.rewards.records import place, said
 
 ODD = [
     "nan",

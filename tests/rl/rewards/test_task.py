@@ -17,6 +17,7 @@ MISTAKES = [
         {"kind": "maths", "answer": "5"},
         'task.kind = "maths": it must be one of exact, choice',
     ),
+    ("list for kind", {"kind": ["math"], "answer": "5"}, 'task.kind = ["math"]: it must be one of exact'),
     ("no kind", {"answer": "5"}, "task.kind is missing"),
     (
         "unknown key",
@@ -37,6 +38,19 @@ MISTAKES = [
     ("letter twice", {"kind": "choice", "answer": ["A", "A"], "choices": ["a", "b"]}, "each once"),
     ("no options", {"kind": "choice", "answer": "A"}, "task.choices is missing: it must be 2 to 26 texts"),
     ("number", {"kind": "numeric", "answer": float("nan")}, "must be a finite number"),
+    ("integer of 400 digits", {"kind": "numeric", "answer": 10**400}, "it must be a finite number"),
+    (
+        "tolerance of 400 digits",
+        {"kind": "numeric", "answer": 5, "abs_tolerance": 10**400},
+        "finite number from 0",
+    ),
+    ("box of 400 digits", {**BOX, "answer": [1, 2, 3, 10**400]}, "must be lists of 4 finite numbers"),
+    ("image of 400 digits", {**BOX, "image_size": [10**400, 10**400]}, "at most 1000000 each"),
+    (
+        "action of 400 digits",
+        {**CLICK, "answer": {"action": "click", "point": [10**400, 1]}},
+        "cannot be right: wrong_parameters",
+    ),
     ("text for number", {"kind": "numeric", "answer": "5"}, "must be a finite number"),
     ("negative tolerance", {"kind": "numeric", "answer": 5, "abs_tolerance": -1}, "finite number from 0"),
     ("half a thing", {"kind": "count", "answer": 2.5}, "must be a whole number from 0"),
@@ -82,6 +96,41 @@ def test_mistakes(record, message):
     with pytest.raises(DataError) as error:
         parse_task(record)
     assert message in str(error.value)
+
+
+def test_no_record_raises_anything_else():
+    """Every key of every kind with values of every form: a task or a DataError, for one line must not end a run."""
+    odd = [
+        None,
+        True,
+        -1,
+        10**400,
+        float("nan"),
+        "",
+        "x",
+        "\ud800",
+        [],
+        [[]],
+        [1, "x"],
+        [[1, 2], "x"],
+        {},
+        {"x": []},
+    ]
+    odd += [
+        {"action": ["click"]},
+        {"action": "click", "point": {}},
+        {"click": {"point": []}},
+        [{}],
+        [1, 2, 3, 4],
+    ]
+    examples = {case[1]["kind"]: case[1] for case in CASES} | {"judge": {"kind": "judge", "answer": "x"}}
+    for kind, record in examples.items():
+        for key in ("kind", "thinking", "check_process", "question", *KEYS[kind]):
+            for value in odd:
+                try:
+                    assert len(parse_task({**record, key: value}).digest) == 16
+                except DataError as error:
+                    assert "task" in str(error)
 
 
 def test_the_place_of_a_record_is_told():

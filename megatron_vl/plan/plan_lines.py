@@ -22,7 +22,7 @@ def table_lines(planner: Planner, answer: Answer) -> list[str]:
     """One row for each (TP, CP, PP) that fits, fastest first: its best setting."""
     question = planner.question
     lines = aligned([COLUMNS, *(_row(planner, verdict) for verdict in answer.best)])
-    head = f"{len(answer.best)} of the (TP, CP, PP) that fit, fastest first; predicted, not measured"
+    head = f"{len(answer.best)} of the {answer.fitting} (TP, CP, PP) that fit, fastest first; predicted, not measured"
     return [*question_lines(question), f"{answer.looked_at:,} legal layouts looked at. {head}:", "", *lines]
 
 
@@ -101,7 +101,7 @@ def unfit_lines(answer: Answer) -> list[str]:
         return []
     lines = [
         "",
-        f"{len(answer.unfit)} (TP, CP, PP) do not fit with any setting looked at; the nearest of each:",
+        f"{len(answer.unfit)} (TP, CP, PP) do not fit with any setting looked at; one of the nearest of each:",
     ]
     for verdict in sorted(answer.unfit, key=lambda one: one.peak)[:UNFIT_LINES]:
         layout = verdict.candidate.layout

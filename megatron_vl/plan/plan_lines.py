@@ -166,12 +166,11 @@ def block(candidate: Candidate) -> str:
         "sequence_parallel": layout.sp,
         "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
+        # null where they say nothing: the file that this goes into may say something
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_decoder_layers": None if candidate.layers is None else list(candidate.layers),
+        "vision_placement": layout.placement,
     }
-    if layout.vpp > 1:
-        parallel["virtual_pipeline_model_parallel_size"] = layout.vpp
-    if candidate.layers is not None:
-        parallel["pipeline_decoder_layers"] = list(candidate.layers)
-    parallel["vision_placement"] = layout.placement
     sections = {
         "parallel": parallel,
         "recompute": {
@@ -190,7 +189,7 @@ def block(candidate: Candidate) -> str:
 def answer_lines(planner: Planner, answer: Answer) -> Sequence[str]:
     """Everything that the tool prints."""
     if not answer.best:
-        nothing = "No layout fits." if answer.unfit else "No layout is legal."
+        nothing = "No layout fits." if answer.looked_at else "No layout is legal."
         return [*question_lines(planner.question), nothing, *unfit_lines(answer), *refused_lines(answer)]
     best = answer.best[0]
     title = f"# the first row, for {planner.question.world_size:,} ranks"

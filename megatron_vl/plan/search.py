@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
+from megatron_vl.errors import ConfigError
 from megatron_vl.plan.candidates import Candidate, candidates, divisors
 from megatron_vl.plan.closing import Closing, closing_of, closing_seconds
 from megatron_vl.plan.cost import sample_flops, train_flops
@@ -57,11 +58,18 @@ class Question:
 
     @property
     def images_per_row(self) -> int:
-        """Images of a row, rounded; at least one where any share is asked for."""
-        vision = self.config.model.vision
+        """Images of a row, rounded; at least one where any share is asked for. Raises ConfigError when they are longer
+        than the row."""
+        vision, length = self.config.model.vision, self.config.data.seq_length
         tokens = IMAGE_CROPS * vision.crop_tokens + vision.global_tokens
-        wanted = self.visual_share * self.config.data.seq_length / tokens
-        return max(1, round(wanted)) if wanted > 0 else 0
+        wanted = self.visual_share * length / tokens
+        found = max(1, round(wanted)) if wanted > 0 else 0
+        if found * tokens > length:
+            raise ConfigError(
+                f"data.seq_length = {length}: the plan's images are {found * tokens} tokens a row; raise it, or use "
+                "--visual-share 0"
+            )
+        return found
 
     def load(self, rows: int) -> Load:
         """A micro-batch of so many rows."""

@@ -62,7 +62,7 @@ def main(argv: Sequence[str], benchmark: Sequence[str]) -> int:
         from megatron_vl.bench.trials import check_possible  # needs torch, which the table does not
 
         check_possible(planner, answer.best[: arguments.measure])
-    print("\n".join([*calibration_lines(arguments), *answer_lines(planner, answer)]))
+    print("\n".join([*calibration_lines(arguments), *answer_lines(planner, answer, arguments.figure)]))
     sys.stdout.flush()
     if not answer.best:
         return 1

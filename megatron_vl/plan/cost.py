@@ -2,7 +2,7 @@
 
 A matrix product of m x k with k x n counts 2 * m * n * k; norms, activations, softmax and the optimizer count
 nothing. Causal attention counts half of its square, since a token attends to half of the row on average; full
-attention in the tower counts all of it. What one rank of a layout carries is in `plan/shares.py`.
+attention in the tower counts all of it. Which of it a rank does is in `plan/step_time.py`.
 """
 
 from __future__ import annotations

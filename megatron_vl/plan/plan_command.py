@@ -18,7 +18,7 @@ from megatron_vl.plan.command import split_items
 from megatron_vl.plan.devices import DEVICES, GIB, device_of, measured_values, why_not
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
-from megatron_vl.plan.plan_lines import question_lines, verdict_lines
+from megatron_vl.plan.plan_lines import figure_lines, question_lines, verdict_lines
 from megatron_vl.plan.rank_state import chosen_ranks
 from megatron_vl.plan.search import SHOWN, Answer, Planner, Question
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str], dry_run: DryRun) -> int:
         *calibration_lines(arguments),
         *question_lines(planner.question),
         *verdict_lines(planner, verdict),
+        *(figure_lines(verdict) if arguments.figure else ()),
     ]
     print("\n".join(told))
     sys.stdout.flush()
@@ -114,6 +115,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         metavar="N",
         help="length of the documents of packed rows; default: one a row",
     )
+    made.add_argument("--figure", action="store_true", help="draw the memory of each stage")
     return made
 
 

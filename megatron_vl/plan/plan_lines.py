@@ -147,13 +147,13 @@ def verdict_lines(planner: Planner, verdict: Verdict) -> list[str]:
 
 
 def figure_lines(verdict: Verdict, width: int = 60) -> list[str]:
-    """Memory of each stage as a bar, one letter for each part."""
+    """Memory of each stage as a bar, one letter for each part; the bar ends where the device's memory does."""
     letters = dict(zip(PARTS, "WGOTDLPXR"))
     unit = max(verdict.limit, verdict.peak) / width
     lines = []
     for pp, memory in verdict.memory.items():
         bar = "".join(letters[part] * round(memory[part] / unit) for part in PARTS)
-        lines.append(f"  pp{pp:<3} {bar:<{width}} {sum(memory.values()) / GIB:6.1f} GiB")
+        lines.append(f"  pp{pp:<3} {bar:<{width}}|{sum(memory.values()) / GIB:7.1f} GiB")
     key = ", ".join(f"{letter} {part}" for part, letter in letters.items())
     return [*lines, f"  {key}; one letter is {unit / GIB:.1f} GiB"]
 
@@ -186,14 +186,15 @@ def block(candidate: Candidate) -> str:
     return dump_yaml(sections)
 
 
-def answer_lines(planner: Planner, answer: Answer) -> Sequence[str]:
-    """Everything that the tool prints."""
+def answer_lines(planner: Planner, answer: Answer, figure: bool = False) -> Sequence[str]:
+    """Everything that the tool prints. figure: memory of the first row drawn as well."""
     if not answer.best:
         nothing = "No layout fits." if answer.looked_at else "No layout is legal."
         return [*question_lines(planner.question), nothing, *unfit_lines(answer), *refused_lines(answer)]
     best = answer.best[0]
+    drawn = figure_lines(best) if figure else []
     title = f"# the first row, for {planner.question.world_size:,} ranks"
     return [
         *table_lines(planner, answer), *unfit_lines(answer), *refused_lines(answer), "",
-        *verdict_lines(planner, best), "", title, block(best.candidate).rstrip(),
+        *verdict_lines(planner, best), *drawn, "", title, block(best.candidate).rstrip(),
     ]  # fmt: skip

@@ -26,6 +26,9 @@ def test_one_layout(capsys):
     assert "Layout: TP4 CP1 DP128 PP1 SP, vision placement data; micro-batches 64 x 1 rows" in out
     assert "recompute decoder selective, vision full" in out
     assert "Fits in 79.0 GiB." in out and "pp0" in out and "optimizer" in out
+    assert main(["plan", EXAMPLE, "--gpus", "512", "--figure"]) == 0
+    drawn = capsys.readouterr().out
+    assert drawn.startswith(out) and "one letter is 1.3 GiB" in drawn.removeprefix(out)
 
 
 def test_one_that_does_not_fit(capsys):
@@ -45,11 +48,11 @@ def test_a_layout_that_is_not_legal(capsys):
 
 
 def test_the_table(capsys):
-    assert search_main([EXAMPLE, "--gpus", "8", "--top", "3", "--visual-share", "0"]) == 0
+    assert search_main([EXAMPLE, "--gpus", "8", "--top", "3", "--visual-share", "0", "--figure"]) == 0
     out = capsys.readouterr().out
     assert "predicted, not measured" in out and "0 visual tokens" in out
     rows = [line.split() for line in out.splitlines() if line.endswith("pp0")]
-    assert len(rows) == 3
+    assert len(rows) == 3 and "W weights, G gradients" in out
     assert "  tensor_model_parallel_size: " in out and "micro_batch_size: " in out
 
 

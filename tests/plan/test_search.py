@@ -146,7 +146,10 @@ def test_memory_by_stage_and_the_figure():
     assert verdict.memory[1]["loss"] > 0 == verdict.memory[0]["loss"]
     lines = verdict_lines(planner, verdict)
     assert any(line.split()[:1] == ["pp1"] for line in lines)
-    assert "pp0" in figure_lines(verdict)[0]
+    first, second, key = figure_lines(verdict)
+    assert first.startswith("  pp0   WWWW") and second.startswith("  pp1   WWW") and "T" not in second
+    assert first.index("|") == second.index("|") and first.endswith(f"{verdict.peak / GIB:.1f} GiB")
+    assert key.endswith("one letter is 1.3 GiB")
 
 
 def random_config(draw: random.Random) -> tuple[RunConfig, int]:

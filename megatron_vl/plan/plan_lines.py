@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_vl.config.dump import dump_yaml
@@ -152,7 +153,11 @@ def figure_lines(verdict: Verdict, width: int = 60) -> list[str]:
     unit = max(verdict.limit, verdict.peak) / width
     lines = []
     for pp, memory in verdict.memory.items():
-        bar = "".join(letters[part] * round(memory[part] / unit) for part in PARTS)
+        ends = [0, *accumulate(memory[part] for part in PARTS)]  # so that the bar is as long as their sum
+        bar = "".join(
+            letters[part] * (round(end / unit) - round(start / unit))
+            for part, (start, end) in zip(PARTS, pairwise(ends))
+        )
         lines.append(f"  pp{pp:<3} {bar:<{width}}|{sum(memory.values()) / GIB:7.1f} GiB")
     key = ", ".join(f"{letter} {part}" for part, letter in letters.items())
     return [*lines, f"  {key}; one letter is {unit / GIB:.1f} GiB"]

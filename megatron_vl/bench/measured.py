@@ -7,6 +7,7 @@ planner was asked about. One that fails, or takes too long or too much memory, i
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def main(argv: Sequence[str], benchmark: Sequence[str]) -> int:
         from megatron_vl.bench.trials import check_possible  # needs torch, which the table does not
 
         check_possible(planner, answer.best[: arguments.measure])
-    print("\n".join([*calibration_lines(arguments), *answer_lines(planner, answer)]))
+    print("\n".join([*calibration_lines(arguments), *answer_lines(planner, answer, arguments.figure)]))
     sys.stdout.flush()
     if not answer.best:
         return 1
@@ -93,10 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for numbers that mean nothing."""
-    for name in ("measure", "measure_steps", "measure_seconds"):
+    for name in ("top", "measure", "measure_steps", "measure_seconds"):
         value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be more than 0")
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be a number above 0")
     if arguments.measure is not None and arguments.top < arguments.measure:
         raise ConfigError(
             f"--measure {arguments.measure}: the table has --top {arguments.top} rows; measure fewer or show more"

@@ -2,7 +2,7 @@
 
 A matrix product of m x k with k x n counts 2 * m * n * k; norms, activations, softmax and the optimizer count
 nothing. Causal attention counts half of its square, since a token attends to half of the row on average; full
-attention in the tower counts all of it. What one rank of a layout carries is in `plan/shares.py`.
+attention in the tower counts all of it. Which of it a rank does is in `plan/step_time.py`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,35 @@ TOWER_PARTS = ("patch_embed", "vision_linear", "vision_attention", "downsamplers
 DECODER_PARTS = ("decoder_linear", "decoder_attention", "lm_head")
 PARTS = TOWER_PARTS + DECODER_PARTS
 
-# Dense peaks in FLOP/s of the SXM modules (NVIDIA data sheets); an H200 differs in memory only.
+# Dense peaks in FLOP/s by words of the CUDA name, from NVIDIA's data sheets, where most are given with sparsity, twice
+# as much: A100 (PCIe and SXM alike), H100 (SXM, PCIe, NVL), H200 (SXM, NVL), GH200, HGX B200. Without words behind it
+# a name is the SXM module.
 PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "A100": {"bf16": 312e12},
     "H100": {"bf16": 989e12, "fp8": 1979e12},
+    "H100 PCIe": {"bf16": 756e12, "fp8": 1513e12},
+    "H100 NVL": {"bf16": 835e12, "fp8": 1671e12},
     "H200": {"bf16": 989e12, "fp8": 1979e12},
+    "H200 NVL": {"bf16": 835e12, "fp8": 1671e12},
+    "GH200": {"bf16": 989e12, "fp8": 1979e12},
+    "B200": {"bf16": 2250e12, "fp8": 4500e12},
 }
 
 
+def listed_name(device_name: str) -> str | None:
+    """The name in `PEAK_FLOPS` of a device by its CUDA name, e.g. `NVIDIA A100-SXM4-80GB`, or None.
+
+    The longest whose words are all there. A slice of a GPU (MIG) is none.
+    """
+    words = set(device_name.replace("-", " ").split())
+    found = [name for name in PEAK_FLOPS if words.issuperset(name.split())]
+    return None if "MIG" in words else max(found, key=len, default=None)
+
+
 def peak_flops(device_name: str, precision: str = "bf16") -> float | None:
-    """Dense peak in FLOP/s of a device by its CUDA name, e.g. `NVIDIA H100 80GB HBM3`, or None."""
-    if "PCIe" in device_name or "NVL" in device_name:  # lower clocks, other peaks
-        return None
-    return next((peaks.get(precision) for name, peaks in PEAK_FLOPS.items() if name in device_name), None)
+    """Dense peak in FLOP/s of a device by its CUDA name, or None."""
+    name = listed_name(device_name)
+    return None if name is None else PEAK_FLOPS[name].get(precision)
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:

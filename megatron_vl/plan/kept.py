@@ -224,11 +224,6 @@ def norm_saved(width: int, tokens: int, kernels: Kernels, trained: bool) -> list
     return [Saved(whole, (whole, whole)), statistics] + [Saved(whole, (whole,))] * trained
 
 
-def norm_kept(width: int, tokens: int, kernels: Kernels, trained: bool) -> int:
-    """Bytes of one RMS norm."""
-    return sum(one.size for one in norm_saved(width, tokens, kernels, trained))
-
-
 def head_norms_saved(
     queries: int, keys: int, head: int, copied: bool, kernels: Kernels, trained: bool
 ) -> tuple[tuple[int, ...], list[Saved]]:

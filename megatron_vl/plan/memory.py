@@ -30,7 +30,7 @@ from megatron_vl.plan.loss_chunk import loss_chunk_tokens
 from megatron_vl.plan.overlap import bucket_elements
 from megatron_vl.plan.schedule import peaks_in_flight
 from megatron_vl.plan.stages import Stage
-from megatron_vl.plan.state_bytes import bytes_of_stage
+from megatron_vl.plan.state_bytes import RankBytes, bytes_of_stage
 from megatron_vl.plan.tensors import padded_to
 from megatron_vl.plan.vision_share import CROP, GLOBAL
 
@@ -84,17 +84,25 @@ def setting_of(
     )
 
 
-def memory_of_stage(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> dict[str, int]:
-    """Bytes by `PARTS` on the fullest rank of a pipeline stage. chunks: as `held_stages` has them.
+def fixed_bytes(setting: Setting, layout: Layout, chunks: Sequence[Stage]) -> RankBytes:
+    """Weights, gradients and optimizer of a pipeline stage."""
+    return bytes_of_stage(
+        setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer, setting.bucket
+    )
+
+
+def memory_of_stage(
+    setting: Setting, layout: Layout, chunks: Sequence[Stage], fixed: RankBytes | None = None
+) -> dict[str, int]:
+    """Bytes by `PARTS` on the fullest rank of a pipeline stage. chunks: as `held_stages` has them. fixed: its
+    `fixed_bytes`, where they are known.
 
     tower, decoder, loss: activations of all micro-batches in flight. pipeline: their hidden states at the borders of
     the chunks, which the schedule keeps. workspace: the largest thing that comes and goes: a recomputed group of
     layers, a recomputed chunk of views, the logits of a chunk of the loss, the gradient of an MLP's inner activations,
     or all of a row's K and V where they are gathered.
     """
-    fixed = bytes_of_stage(
-        setting.model, layout, chunks, setting.weight_bytes, setting.distributed_optimizer, setting.bucket
-    )
+    fixed = fixed or fixed_bytes(setting, layout, chunks)
     chunks = [stage for stage in chunks if not stage.beside]
     coords = _fullest(setting, layout, chunks[0].pp_rank)
     equal: dict[tuple, dict[str, int]] = {}  # interleaved, most chunks are

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_vl.config.load import load_run
 from megatron_vl.config.schema import RunConfig
-from megatron_vl.errors import ConfigError, ConfigErrors, Problem
+from megatron_vl.errors import ConfigError, ConfigErrors, Problem, raise_if_any
 from megatron_vl.plan.budget import num_microbatches
 from megatron_vl.plan.candidates import Candidate
-from megatron_vl.plan.checks import load_checked_run
+from megatron_vl.plan.checks import check_run, load_checked_run
 from megatron_vl.plan.command import split_items
 from megatron_vl.plan.devices import DEVICES, GIB, device_of, measured_values, why_not
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.model_checks import check_model
-from megatron_vl.plan.plan_lines import question_lines, verdict_lines
+from megatron_vl.plan.plan_lines import figure_lines, question_lines, verdict_lines
 from megatron_vl.plan.rank_state import chosen_ranks
 from megatron_vl.plan.search import SHOWN, Answer, Planner, Question
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str], dry_run: DryRun) -> int:
         *calibration_lines(arguments),
         *question_lines(planner.question),
         *verdict_lines(planner, verdict),
+        *(figure_lines(verdict) if arguments.figure else ()),
     ]
     print("\n".join(told))
     sys.stdout.flush()
@@ -65,13 +67,16 @@ def search_parser() -> argparse.ArgumentParser:
 
 
 def searched(arguments: argparse.Namespace) -> tuple[Planner, Answer]:
-    """The ranked layouts of a parsed command line. Raises ConfigError."""
+    """The ranked layouts of a parsed command line. Raises ConfigError, for what a run would refuse as well."""
     if arguments.gpus is None:
         raise ConfigError("--gpus: no number of devices is given; give one")
     path, overrides = source(arguments)
     config = load_run(path, overrides, arguments.hf, lambda config: check_model(config.model)).config
     planner = Planner(question(arguments, config, arguments.gpus))
-    return planner, planner.answer(arguments.top)
+    answer = planner.answer(arguments.top)
+    for verdict in answer.best or answer.unfit[:1]:
+        raise_if_any(check_run(verdict.candidate.run(config), arguments.gpus))
+    return planner, answer
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -110,6 +115,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         metavar="N",
         help="length of the documents of packed rows; default: one a row",
     )
+    made.add_argument("--figure", action="store_true", help="draw the memory of each stage")
     return made
 
 
@@ -136,8 +142,8 @@ def question(arguments: argparse.Namespace, config: RunConfig, world_size: int) 
         raise ConfigError(f"--gpus {world_size}: must be at least 1")
     device = device_of(arguments.gpu, *arguments.calibrate)
     if arguments.memory is not None:
-        if arguments.memory <= 0:
-            raise ConfigError(f"--memory {arguments.memory:g}: must be more than 0 GiB")
+        if not (math.isfinite(arguments.memory) and round(arguments.memory * GIB) > 0):
+            raise ConfigError(f"--memory {arguments.memory:g}: must be a number of GiB above 0")
         device = replace(device, memory=round(arguments.memory * GIB))
     reason = why_not(config, device)
     if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_vl.config.dump import dump_yaml
@@ -22,7 +23,7 @@ def table_lines(planner: Planner, answer: Answer) -> list[str]:
     """One row for each (TP, CP, PP) that fits, fastest first: its best setting."""
     question = planner.question
     lines = aligned([COLUMNS, *(_row(planner, verdict) for verdict in answer.best)])
-    head = f"{len(answer.best)} of the (TP, CP, PP) that fit, fastest first; predicted, not measured"
+    head = f"{len(answer.best)} of the {answer.fitting} (TP, CP, PP) that fit, fastest first; predicted, not measured"
     return [*question_lines(question), f"{answer.looked_at:,} legal layouts looked at. {head}:", "", *lines]
 
 
@@ -101,7 +102,7 @@ def unfit_lines(answer: Answer) -> list[str]:
         return []
     lines = [
         "",
-        f"{len(answer.unfit)} (TP, CP, PP) do not fit with any setting looked at; the nearest of each:",
+        f"{len(answer.unfit)} (TP, CP, PP) do not fit with any setting looked at; one of the nearest of each:",
     ]
     for verdict in sorted(answer.unfit, key=lambda one: one.peak)[:UNFIT_LINES]:
         layout = verdict.candidate.layout
@@ -147,13 +148,17 @@ def verdict_lines(planner: Planner, verdict: Verdict) -> list[str]:
 
 
 def figure_lines(verdict: Verdict, width: int = 60) -> list[str]:
-    """Memory of each stage as a bar, one letter for each part."""
+    """Memory of each stage as a bar, one letter for each part; the bar ends where the device's memory does."""
     letters = dict(zip(PARTS, "WGOTDLPXR"))
     unit = max(verdict.limit, verdict.peak) / width
     lines = []
     for pp, memory in verdict.memory.items():
-        bar = "".join(letters[part] * round(memory[part] / unit) for part in PARTS)
-        lines.append(f"  pp{pp:<3} {bar:<{width}} {sum(memory.values()) / GIB:6.1f} GiB")
+        ends = [0, *accumulate(memory[part] for part in PARTS)]  # so that the bar is as long as their sum
+        bar = "".join(
+            letters[part] * (round(end / unit) - round(start / unit))
+            for part, (start, end) in zip(PARTS, pairwise(ends))
+        )
+        lines.append(f"  pp{pp:<3} {bar:<{width}}|{sum(memory.values()) / GIB:7.1f} GiB")
     key = ", ".join(f"{letter} {part}" for part, letter in letters.items())
     return [*lines, f"  {key}; one letter is {unit / GIB:.1f} GiB"]
 
@@ -166,12 +171,11 @@ def block(candidate: Candidate) -> str:
         "sequence_parallel": layout.sp,
         "context_parallel_size": layout.cp,
         "pipeline_model_parallel_size": layout.pp,
+        # null where they say nothing: the file that this goes into may say something
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_decoder_layers": None if candidate.layers is None else list(candidate.layers),
+        "vision_placement": layout.placement,
     }
-    if layout.vpp > 1:
-        parallel["virtual_pipeline_model_parallel_size"] = layout.vpp
-    if candidate.layers is not None:
-        parallel["pipeline_decoder_layers"] = list(candidate.layers)
-    parallel["vision_placement"] = layout.placement
     sections = {
         "parallel": parallel,
         "recompute": {
@@ -187,14 +191,15 @@ def block(candidate: Candidate) -> str:
     return dump_yaml(sections)
 
 
-def answer_lines(planner: Planner, answer: Answer) -> Sequence[str]:
-    """Everything that the tool prints."""
+def answer_lines(planner: Planner, answer: Answer, figure: bool = False) -> Sequence[str]:
+    """Everything that the tool prints. figure: memory of the first row drawn as well."""
     if not answer.best:
-        nothing = "No layout fits." if answer.unfit else "No layout is legal."
+        nothing = "No layout fits." if answer.looked_at else "No layout is legal."
         return [*question_lines(planner.question), nothing, *unfit_lines(answer), *refused_lines(answer)]
     best = answer.best[0]
+    drawn = figure_lines(best) if figure else []
     title = f"# the first row, for {planner.question.world_size:,} ranks"
     return [
         *table_lines(planner, answer), *unfit_lines(answer), *refused_lines(answer), "",
-        *verdict_lines(planner, best), "", title, block(best.candidate).rstrip(),
+        *verdict_lines(planner, best), *drawn, "", title, block(best.candidate).rstrip(),
     ]  # fmt: skip

@@ -1,24 +1,25 @@
 """The planner: legal layouts by predicted step time, what fits, and why the others do not.
 
-Times are cheap and memory is not, so layouts are taken in the order of their times, each first without recomputation;
-one that does not fit comes back with the next cheaper setting. Of each (TP, CP, PP) the first that fits is its best.
+Times are cheap and memory is not, so layouts and their recomputation are taken in the order of their times. Of each
+(TP, CP, PP) the first that fits is its best.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_vl.config.schema import RecomputeConfig, RunConfig
+from megatron_vl.errors import ConfigError
 from megatron_vl.plan.candidates import Candidate, candidates, divisors
 from megatron_vl.plan.closing import Closing, closing_of, closing_seconds
 from megatron_vl.plan.cost import sample_flops, train_flops
 from megatron_vl.plan.devices import GIB, Device
 from megatron_vl.plan.kept import Load
-from megatron_vl.plan.kernels import Kernels, kernels_of_run
+from megatron_vl.plan.kernels import FP32, Kernels, kernels_of_run
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.memory import memory_of_stage, setting_of
+from megatron_vl.plan.memory import Setting, fixed_bytes, memory_of_stage, setting_of
 from megatron_vl.plan.overlap import bucket_elements, overlap_of
 from megatron_vl.plan.stages import Stage, balanced_layers, held_stages
 from megatron_vl.plan.state_bytes import RankBytes, buckets_of_stage, bytes_of_stage
@@ -57,11 +58,18 @@ class Question:
 
     @property
     def images_per_row(self) -> int:
-        """Images of a row, rounded; at least one where any share is asked for."""
-        vision = self.config.model.vision
+        """Images of a row, rounded; at least one where any share is asked for. Raises ConfigError when they are longer
+        than the row."""
+        vision, length = self.config.model.vision, self.config.data.seq_length
         tokens = IMAGE_CROPS * vision.crop_tokens + vision.global_tokens
-        wanted = self.visual_share * self.config.data.seq_length / tokens
-        return max(1, round(wanted)) if wanted > 0 else 0
+        wanted = self.visual_share * length / tokens
+        found = max(1, round(wanted)) if wanted > 0 else 0
+        if found * tokens > length:
+            raise ConfigError(
+                f"data.seq_length = {length}: the plan's images are {found * tokens} tokens a row; raise it, or use "
+                "--visual-share 0"
+            )
+        return found
 
     def load(self, rows: int) -> Load:
         """A micro-batch of so many rows."""
@@ -117,13 +125,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
-    """best: of each (TP, CP, PP) the fastest that fits, by time. unfit: those of which nothing fits, with the setting
-    that takes the least time and is fullest. refused: (key, rule) of illegal layouts. looked_at: legal layouts."""
+    """best: of the fastest (TP, CP, PP) the fastest setting that fits, by time. unfit: (TP, CP, PP) of which no layout
+    fits with any setting, each with its nearest. refused: (key, rule) of illegal layouts. looked_at: legal layouts.
+    fitting: of how many (TP, CP, PP) something fits."""
 
     best: Sequence[Verdict]
     unfit: Sequence[Verdict]
     refused: Sequence[tuple[str, str]]
     looked_at: int
+    fitting: int
 
 
 class Planner:
@@ -134,6 +144,8 @@ class Planner:
         self._rates: dict[tuple, Rates] = {}
         self.kernels = question.kernels
         self._closing: dict[tuple, Closing] = {}
+        self._fixed: dict[tuple, RankBytes] = {}
+        self._memory_settings: dict[tuple, Setting] = {}
         self._balanced: dict[int, list[int]] = {}
         self._stages: dict[tuple, list[list[Stage]]] = {}
         self._loads: dict[int, Load] = {}
@@ -215,7 +227,7 @@ class Planner:
     def _closing_of(self, candidate: Candidate) -> Closing:
         """What the layout has to communicate and to update there."""
         question, layout = self.question, candidate.layout
-        key = (layout.tp, layout.cp, layout.pp, layout.vpp, layout.placement, candidate.layers)
+        key = (layout.tp, layout.pp, layout.vpp, layout.placement, candidate.layers)  # CP counts with DP
         if key in self._closing:
             return self._closing[key]
         parallel = question.config.parallel
@@ -233,7 +245,7 @@ class Planner:
                 bytes_of_stage(model, layout, stages[pp], element, distributed, bucket),
                 buckets_of_stage(model, layout, stages[pp], distributed, bucket),
             )
-            for pp in _can_be_fullest(stages)
+            for pp in can_be_fullest(stages)
         }
         found = closing_of(model, layout, question.device, state, element, distributed, tower)
         self._closing[key] = found
@@ -249,57 +261,69 @@ class Planner:
 
     def judge(self, candidate: Candidate, every_stage: bool = True) -> Verdict:
         """Time and memory of a layout. every_stage: else only those stages that can be the fullest."""
-        question, layout, stages = self.question, candidate.layout, self.stages(candidate)
-        device, load = question.device, self._load(candidate.micro_batch)
-        run = candidate.run(question.config)
-        setting = setting_of(
-            run, layout, load, question.element, device.on_cpu, device.reserve, device.capability
-        )
-        if candidate.recompute.offload:
-            setting = replace(setting, waiting=self.rates(candidate).waiting)
-        wanted = range(layout.pp) if every_stage else _can_be_fullest(stages)
-        memory = {pp: memory_of_stage(setting, layout, stages[pp]) for pp in wanted}
-        return Verdict(candidate, self.time(candidate), memory, question.device.memory)
+        stages = self.stages(candidate)
+        memory = self._memory(candidate, range(len(stages)) if every_stage else can_be_fullest(stages))
+        return Verdict(candidate, self.time(candidate), memory, self.question.device.memory)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether every stage is within the device's memory."""
+        limit = self.question.device.memory
+        return not limit or self.peaks(candidate)[0] <= limit
+
+    def peaks(self, candidate: Candidate) -> tuple[int, int]:
+        """Bytes of the fullest stage, and how few there may be with less recomputation.
+
+        That keeps more; what it can spare is room to work in, and the rotary angles of a whole row, which recomputed
+        layers keep.
+        """
+        load, text = self._load(candidate.micro_batch), self.question.config.model.text
+        angles = max(load.documents, default=load.tokens) * text.kv_channels * FP32
+        memory = self._memory(candidate, can_be_fullest(self.stages(candidate)))
+        found = [(sum(parts.values()), parts["workspace"]) for parts in memory.values()]
+        return max(peak for peak, _ in found), max(peak - passing for peak, passing in found) - angles
+
+    def _memory(self, candidate: Candidate, wanted: Iterable[int]) -> dict[int, dict[str, int]]:
+        """Bytes by part of those stages."""
+        layout, stages, setting = candidate.layout, self.stages(candidate), self._setting(candidate)
+        return {
+            pp: memory_of_stage(setting, layout, stages[pp], self._fixed_bytes(setting, candidate, pp))
+            for pp in wanted
+        }
+
+    def _setting(self, candidate: Candidate) -> Setting:
+        """What the layout's memory depends on."""
+        question, layout, device = self.question, candidate.layout, self.question.device
+        key = (layout.dp, layout.cp, candidate.micro_batch, candidate.recompute)
+        if key not in self._memory_settings:
+            self._memory_settings[key] = setting_of(
+                candidate.run(question.config), layout, self._load(candidate.micro_batch), question.element,
+                device.on_cpu, device.reserve, device.capability,
+            )  # fmt: skip
+        found = self._memory_settings[key]
+        return replace(found, waiting=self.rates(candidate).waiting) if candidate.recompute.offload else found
+
+    def _fixed_bytes(self, setting: Setting, candidate: Candidate, pp: int) -> RankBytes:
+        """What a stage holds whatever its micro-batches are."""
+        layout = candidate.layout
+        key = (layout.tp, layout.pp, layout.vpp, layout.placement, candidate.layers, pp)
+        if key not in self._fixed:
+            self._fixed[key] = fixed_bytes(setting, layout, self.stages(candidate)[pp])
+        return self._fixed[key]
 
     def answer(self, shown: int = SHOWN) -> Answer:
-        """Looks at every legal layout, until ``shown`` (TP, CP, PP) have one that fits."""
-        refused, queue, looked_at = [], [], 0
+        """Looks at every legal layout: the ``shown`` fastest (TP, CP, PP), and which others have nothing that fits."""
+        refused, legal = [], []
         for found in self._candidates():
-            if isinstance(found, tuple):
-                refused.append(found)
-                continue
-            looked_at += 1
-            first = found.with_recompute(self.settings(found.layout)[0])
-            queue.append((self.time(first).total, looked_at, 0, first))
-        heapq.heapify(queue)
-        best: dict[tuple, Verdict] = {}
-        unfit: dict[tuple, Verdict] = {}
-        hopeless: dict[tuple, int] = {}
-        while queue and len(best) < shown:
-            _, number, level, candidate = heapq.heappop(queue)
-            layout = candidate.layout
-            sizes = (layout.tp, layout.cp, layout.pp)
-            # more rows of a micro-batch never take less memory
-            kind = (sizes, layout.vpp, layout.sp, layout.placement, candidate.layers)
-            if sizes in best or hopeless.get(kind, candidate.micro_batch + 1) <= candidate.micro_batch:
-                continue
-            settings = self.settings(layout)
-            if level == 0 and len(settings) > 1:
-                least = self.judge(candidate.with_recompute(settings[-1]), every_stage=False)
-                if not least.fits:
-                    hopeless[kind] = candidate.micro_batch
-                    self._keep_smaller(unfit, sizes, least)
-                    continue
-            verdict = self.judge(candidate, every_stage=False)
-            if verdict.fits:
-                best[sizes] = self.judge(candidate)
-            elif level + 1 < len(settings):
-                later = candidate.with_recompute(settings[level + 1])
-                heapq.heappush(queue, (self.time(later).total, number, level + 1, later))
-            else:
-                self._keep_smaller(unfit, sizes, verdict)
-        left = [verdict for sizes, verdict in unfit.items() if sizes not in best]
-        return Answer(list(best.values()), left, refused, looked_at)
+            (refused if isinstance(found, tuple) else legal).append(found)
+        best, unfit, fitting = Ranking(self).ranked(legal, shown)
+        return Answer(best, unfit, refused, len(legal), fitting)
+
+    def least_seconds(self, candidate: Candidate) -> float:
+        """No recomputation of the layout takes less: none does, or with off-loading, where it spares copies, the
+        decoder's."""
+        settings = self.settings(candidate.layout)
+        quickest = settings[:: len(settings) // 2] if settings[0].offload else settings[:1]
+        return min(self.time(candidate.with_recompute(one)).total for one in quickest)
 
     def _candidates(self) -> Iterator[Candidate | tuple[str, str]]:
         config, device, world = self.question.config, self.question.device, self.question.world_size
@@ -328,14 +352,91 @@ class Planner:
                         found[tp, cp, pp, placement] = one.tower.total / one.layer.total
         return found
 
-    @staticmethod
-    def _keep_smaller(unfit: dict[tuple, Verdict], sizes: tuple, verdict: Verdict) -> None:
-        """Of what does not fit, the nearest to fitting is told."""
-        if sizes not in unfit or verdict.peak < unfit[sizes].peak:
-            unfit[sizes] = verdict
+
+Entry = tuple[
+    float, int, int, Candidate
+]  # seconds, numbers of the layout and of its setting, for equal seconds
 
 
-def _can_be_fullest(stages: Sequence[Sequence[Stage]]) -> list[int]:
+class Ranking:
+    """A search in the order of step times.
+
+    A layout waits with the least that any of its settings takes; when its turn comes, each of its settings waits with
+    its own time, so that what comes first and fits is the fastest.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self._nearest: dict[tuple, tuple[int, Candidate]] = {}
+        self._hopeless: dict[tuple, int] = {}
+        self._fitting: set[tuple] = set()
+
+    def ranked(
+        self, legal: Sequence[Candidate], shown: int
+    ) -> tuple[Sequence[Verdict], Sequence[Verdict], int]:
+        """As in `Answer`: best, unfit, fitting."""
+        best = self._fastest(legal, shown)
+        for candidate in sorted(legal, key=lambda one: one.micro_batch):
+            if sizes_of(candidate) not in self._fitting:
+                self._can_fit(candidate)
+        unfit = [one for sizes, (_, one) in self._nearest.items() if sizes not in self._fitting]
+        return best, [self.planner.judge(one) for one in unfit], len(self._fitting)
+
+    def _fastest(self, legal: Sequence[Candidate], shown: int) -> list[Verdict]:
+        planner, best = self.planner, {}
+        queue: list[Entry] = [
+            (planner.least_seconds(one), number, -1, one) for number, one in enumerate(legal)
+        ]
+        heapq.heapify(queue)
+        while queue and len(best) < shown:
+            seconds, number, level, candidate = heapq.heappop(queue)
+            sizes = sizes_of(candidate)
+            if sizes in best:
+                continue
+            if level >= 0:
+                if planner.fits(candidate):
+                    best[sizes] = planner.judge(candidate)
+                continue
+            settings = planner.settings(candidate.layout) if self._can_fit(candidate) else ()
+            for level, recompute in enumerate(settings):
+                one = candidate.with_recompute(recompute)
+                its_seconds = planner.time(one).total
+                if its_seconds > seconds:
+                    heapq.heappush(queue, (its_seconds, number, level, one))
+                elif planner.fits(one):  # its turn is now
+                    best[sizes] = planner.judge(one)
+                    break
+        return list(best.values())
+
+    def _can_fit(self, candidate: Candidate) -> bool:
+        """Whether the layout fits with any setting. Of what does not, the nearest to fitting is kept."""
+        layout, sizes, rows = candidate.layout, sizes_of(candidate), candidate.micro_batch
+        limit = self.planner.question.device.memory
+        # more rows of a micro-batch never take less memory
+        kind = (sizes, layout.vpp, layout.sp, layout.placement, candidate.layers)
+        if self._hopeless.get(kind, rows + 1) <= rows:
+            return False
+        *less, most = self.planner.settings(layout)
+        for recompute in (most, *reversed(less)):
+            one = candidate.with_recompute(recompute)
+            peak, at_least = self.planner.peaks(one)
+            if not limit or peak <= limit:
+                self._fitting.add(sizes)
+                return True
+            if sizes not in self._nearest or peak < self._nearest[sizes][0]:
+                self._nearest[sizes] = peak, one
+            if recompute == most and at_least > limit:
+                break
+        self._hopeless[kind] = rows
+        return False
+
+
+def sizes_of(candidate: Candidate) -> tuple[int, int, int]:
+    """(TP, CP, PP)."""
+    return candidate.layout.tp, candidate.layout.cp, candidate.layout.pp
+
+
+def can_be_fullest(stages: Sequence[Sequence[Stage]]) -> list[int]:
     """Stages with everything that others of the same layers have, and more in flight: the first, the last, and of
     those between the first one with the most layers."""
     last = len(stages) - 1

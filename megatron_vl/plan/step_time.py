@@ -21,6 +21,7 @@ from megatron_vl.plan.cost import (
     view_flops,
 )
 from megatron_vl.plan.devices import Device
+from megatron_vl.plan.exchange import exchange_of
 from megatron_vl.plan.kept import SMALLEST_MOVED, Load, hidden_bytes, layer_kept, layer_moved, view_shares
 from megatron_vl.plan.kernels import Kernels
 from megatron_vl.plan.layout import Layout
@@ -210,13 +211,14 @@ def _context_seconds(model, layout, device, kernels, load, recompute, attention_
     ring = link(device, layout.cp, layout.tp, layout.world_size)
     groups = max(model.text.num_query_groups // layout.tp, 1)
     both = 2 * groups * model.text.kv_channels * kernels.element * load.rows * load.tokens
-    once = ring.gather(both) + (layout.cp - 2) * ring.latency * kernels.ring
-    again = recompute.decoder != "none"
+    sent, again = exchange_of(kernels, layout.cp, both), recompute.decoder != "none"
     if not kernels.ring:
-        return once * (2 + again)
-    exposed = max(0.0, once - attention_flops / device.attention_flops)
-    backward = max(0.0, 2 * once - 2 * attention_flops / device.attention_flops)
-    return exposed * (1 + again) + backward + 3 * ring.latency
+        return (sent.forward * (1 + again) + sent.backward) / ring.rate + (3 + again) * ring.latency
+    turn = (layout.cp - 1) * ring.latency
+    attention = attention_flops / device.attention_flops
+    forward = max(0.0, sent.forward / ring.rate + turn - attention)
+    backward = max(0.0, sent.backward / ring.rate + 2 * turn - 2 * attention) + sent.home / ring.rate
+    return forward * (1 + again) + backward + 3 * ring.latency
 
 
 def _tower(

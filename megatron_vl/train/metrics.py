@@ -148,26 +148,32 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def device_peak(runtime: Runtime) -> float:
-    """FLOP/s of one rank that MFU is a share of: the data sheet's on CUDA, a measured GEMM on CPU.
+    """FLOP/s of one rank that MFU is a share of: the data sheet's on CUDA, a measured product on CPU.
 
-    On a CUDA device that plan/cost.py does not list, the GEMM is measured as well. All ranks measure at once,
+    On a CUDA device that plan/cost.py does not list, the product is measured as well. All ranks measure at once,
     since they share the machine.
     """
     if runtime.device.type == "cuda":
         listed = peak_flops(torch.cuda.get_device_name(runtime.device))
         if listed:
             return listed
-    return measured_gemm_rate(runtime)
+    return measured_gemm_rate(runtime, *measured_product(runtime.device.type))
 
 
-def measured_gemm_rate(runtime: Runtime, size: int = 512, repeats: int = 8) -> float:
+def measured_product(device_type: str) -> tuple[int, torch.dtype]:
+    """Rows and columns, and format, of the product that stands for a device's peak: one that fills a GPU, in the
+    format of its fast units."""
+    return (8192, torch.bfloat16) if device_type == "cuda" else (512, torch.float32)
+
+
+def measured_gemm_rate(runtime: Runtime, size: int, dtype: torch.dtype, repeats: int = 8) -> float:
     """Best of ``repeats`` square matrix products on every rank at once, averaged over ranks, FLOP/s."""
-    a = torch.randn(size, size, device=runtime.device)
+    a = torch.randn(size, size, device=runtime.device).to(dtype)
     dist.barrier()
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
-        (a @ a).sum().item()
+        (a @ a)[0, 0].item()  # waits for all of it
         best = min(best, time.perf_counter() - begin)
     rate = torch.tensor([2.0 * size**3 / best], dtype=torch.float64, device=runtime.device)
     dist.all_reduce(rate)

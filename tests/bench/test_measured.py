@@ -144,12 +144,17 @@ def test_trials_that_fail_do_not_stop_the_others(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--measure", "0"], "--measure 0: must be more than 0"),
+        (["--measure", "0"], "--measure 0: must be a number above 0"),
         (["--measure", "2", "--measure-steps", "0"], "--measure-steps 0"),
         (["--measure", "2", "--measure-seconds", "-1"], "--measure-seconds -1"),
+        (["--measure", "2", "--measure-seconds", "inf"], "--measure-seconds inf"),
         (["--measure", "5", "--top", "3"], "the table has --top 3 rows"),
         (["--measure", "2", "--gpu", "H100"], "2 x H100 are asked for, and this machine has 1 CUDA device"),
-        (["--measure", "2", "data.seq_length=8"], "does not fit"),
+        (["--measure", "2", "data.seq_length=8"], "images are 10 tokens a row"),
+        (
+            ["--measure", "2", "data.packing.enabled=true", "--document-tokens", "8"],
+            "does not fit a document of 8",
+        ),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, options, told):

@@ -8,8 +8,8 @@ from megatron_vl.parity.layouts import ALL
 from megatron_vl.parity.reference import Batches
 from megatron_vl.plan.cost import train_flops, view_costs
 from megatron_vl.plan.layout import Layout
-from megatron_vl.plan.shares import flops_by_rank
 from megatron_vl.plan.stages import plan_stages
+from tests.fixtures.shares import flops_by_rank
 from tests.fixtures.small import WIDE, make_documents
 from tests.model.counting import Counted, count_on_rank
 from tests.model.on_ranks import run_of

@@ -134,4 +134,15 @@ def test_recomputation_adds_forward_passes():
 def test_peaks():
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA H200", "fp8") == 1979e12
-    assert peak_flops("NVIDIA H100 PCIe") is peak_flops("NVIDIA A100-SXM4-80GB") is peak_flops("cpu") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == peak_flops("NVIDIA A100-PCIE-40GB") == 312e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
+    assert (peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA H100 NVL")) == (756e12, 835e12)
+    assert (peak_flops("NVIDIA H200 NVL"), peak_flops("NVIDIA B200")) == (835e12, 2250e12)
+    for unknown in (
+        "cpu",
+        "NVIDIA GB200",
+        "NVIDIA L40S",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100X",
+    ):
+        assert peak_flops(unknown) is None

@@ -12,7 +12,7 @@ from megatron_vl.plan.devices import DEVICES, device_of
 
 def test_tables():
     assert set(DEVICES) == {"H100", "H200", "A100", "CPU"}
-    for name in ("H100", "H200"):
+    for name in ("H100", "H200", "A100"):
         assert DEVICES[name].peak_flops == PEAK_FLOPS[name]["bf16"]
     assert DEVICES["H200"].memory > DEVICES["H100"].memory
     assert DEVICES["CPU"].on_cpu and not DEVICES["A100"].on_cpu
@@ -58,6 +58,16 @@ def test_a_benchmarks_file_is_a_calibration(tmp_path):
         ('{"intra_bytes": true}', "intra_bytes = True"),
         ('{"element_bytes": NaN}', "element_bytes = nan"),
         ('{"node_ranks": 0}', "node_ranks = 0"),
+        ('{"node_ranks": 0.5}', "node_ranks = 0.5: must be a whole number"),
+        ('{"processors": 4}', "processors = 4: no rank of a GPU shares cores"),
+        (
+            '{"machine": {"device": "CPU, one thread"}, "calibration": {"matmul_flops": 1e9}}',
+            "was measured on CPU",
+        ),
+        (
+            '{"machine": {"device": "NVIDIA H100 80GB HBM3"}, "calibration": {"matmul_flops": 1e9}}',
+            "on NVIDIA H100",
+        ),
         ('{"machine": {}, "calibration": {}}', "holds no measured value"),
         ('{"step_seconds": 1.0, "mfu": 0.4}', "step_seconds = 1.0"),
     ],
@@ -67,6 +77,25 @@ def test_a_wrong_file_is_refused(tmp_path, content, told):
     file.write_text(content)
     with pytest.raises(ConfigError, match=told.replace("(", r"\(")):
         device_of("A100", str(file))
+
+
+def test_a_file_of_the_same_kind_of_device_is_taken(tmp_path):
+    file = tmp_path / "measured.json"
+
+    def read(table: str, machine: str, **values: float):
+        file.write_text(json.dumps({"machine": {"device": machine}, "calibration": values}))
+        return device_of(table, str(file))
+
+    assert read("A100", "NVIDIA A100-SXM4-80GB", node_ranks=16.0).node_ranks == 16
+    assert read("H100", "NVIDIA H100 PCIe", matmul_flops=4e14).matmul_flops == 4e14  # which has no table
+    assert read("H100", "NVIDIA L40S", matmul_flops=2e14).matmul_flops == 2e14
+    assert read("CPU", "CPU, 8 cores", processors=8).processors == 8
+    for table, machine, values in (
+        ("CPU", "NVIDIA L40S", {"matmul_flops": 2e14}),
+        ("CPU", "CPU, 8 cores", {"processors": 0}),
+    ):
+        with pytest.raises(ConfigError):
+            read(table, machine, **values)
 
 
 def test_an_unknown_device_or_file_is_refused(tmp_path):

@@ -25,7 +25,7 @@ from megatron_vl.plan.devices import DEVICES, GIB
 from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.plan_command import candidate_of
 from megatron_vl.plan.plan_lines import answer_lines, block, figure_lines, verdict_lines
-from megatron_vl.plan.search import Planner, Question
+from megatron_vl.plan.search import Planner, Question, sizes_of
 from tests.fixtures.small import SMALL, make_documents
 from tests.plan.on_ranks import build_error, one_step
 
@@ -59,23 +59,29 @@ def test_ranks_the_release_and_the_block_of_the_best_loads(tmp_path, gpus, lengt
     assert config == replace(best.run(planner.question.config))
 
 
-def test_nothing_faster_that_fits_is_left_out():
-    """On 4 ranks every legal layout and setting is judged, and the best of each (TP, CP, PP) compared."""
-    planner = Planner(question(4, 4096, 64))
-    answer = planner.answer(shown=100)
+@pytest.mark.parametrize("offload", [False, True])
+def test_nothing_faster_that_fits_is_left_out(offload):
+    """On 8 ranks every legal layout and setting is judged, and the best of each (TP, CP, PP) compared."""
+    asked = question(8, 4096, 16, recompute=RecomputeConfig(offload=offload))
+    asked = replace(asked, device=replace(H100, memory=50 * GIB))
+    planner = Planner(asked)
     fastest: dict[tuple, float] = {}
-    for found in candidates(planner.question.config, 4, 4, planner.relief()):
+    sizes = set()
+    for found in candidates(planner.question.config, 8, 8, planner.relief()):
         assert isinstance(found, Candidate)
+        sizes.add(sizes_of(found))
         for recompute in planner.settings(found.layout):
-            verdict = planner.judge(replace(found, recompute=recompute))
-            sizes = (found.layout.tp, found.layout.cp, found.layout.pp)
+            verdict = planner.judge(found.with_recompute(recompute), every_stage=False)
             if verdict.fits:
-                fastest[sizes] = min(fastest.get(sizes, 1e9), verdict.time.total)
-    told = {(c.layout.tp, c.layout.cp, c.layout.pp): v.time.total for v in answer.best for c in [v.candidate]}
-    assert told == pytest.approx(fastest) and fastest
-    assert {
-        (v.candidate.layout.tp, v.candidate.layout.cp, v.candidate.layout.pp) for v in answer.unfit
-    }.isdisjoint(told)
+                fastest[sizes_of(found)] = min(fastest.get(sizes_of(found), 1e9), verdict.time.total)
+    order = sorted(fastest.values())
+    for shown in (3, 100):
+        answer = Planner(asked).answer(shown)
+        assert [verdict.time.total for verdict in answer.best] == pytest.approx(order[:shown])
+        told = {sizes_of(verdict.candidate): verdict.time.total for verdict in answer.best}
+        assert told == pytest.approx({one: fastest[one] for one in told})
+        assert {sizes_of(verdict.candidate) for verdict in answer.unfit} == sizes - set(fastest)
+        assert answer.fitting == len(fastest) and not any(verdict.fits for verdict in answer.unfit)
 
 
 def test_what_does_not_fit_says_why():
@@ -140,7 +146,10 @@ def test_memory_by_stage_and_the_figure():
     assert verdict.memory[1]["loss"] > 0 == verdict.memory[0]["loss"]
     lines = verdict_lines(planner, verdict)
     assert any(line.split()[:1] == ["pp1"] for line in lines)
-    assert "pp0" in figure_lines(verdict)[0]
+    first, second, key = figure_lines(verdict)
+    assert first.startswith("  pp0   WWWW") and second.startswith("  pp1   WW") and "T" not in second
+    assert first.index("|") == second.index("|") and first.endswith(f"{verdict.peak / GIB:.1f} GiB")
+    assert key.endswith(f"one letter is {verdict.peak / GIB / 60:.1f} GiB")
 
 
 def random_config(draw: random.Random) -> tuple[RunConfig, int]:

@@ -6,10 +6,11 @@ from megatron_vl.config.model import ModelConfig
 from megatron_vl.config.presets import STEP3_VL_TINY
 from megatron_vl.plan.cost import PARTS, TOWER_PARTS, parameters, sample_flops
 from megatron_vl.plan.layout import Coords, Layout
-from megatron_vl.plan.shares import flops_by_rank, parameters_of_stage
+from megatron_vl.plan.shares import parameters_of_stage
 from megatron_vl.plan.stages import held_stages, plan_stages
 from megatron_vl.plan.state_bytes import bytes_of_stage
 from megatron_vl.plan.vision_share import CROP, GLOBAL
+from tests.fixtures.shares import flops_by_rank
 
 KINDS = [CROP] * 5 + [GLOBAL] + [CROP] * 2 + [GLOBAL, GLOBAL]
 LAYOUTS = [

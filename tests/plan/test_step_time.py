@@ -63,6 +63,28 @@ def test_a_tower_on_every_stage_takes_its_share_before_the_pipeline():
     assert step_seconds(Layout(pp=4), IDEAL, data, [9] * 4, 8, 0.0).total > 1.6 * time
 
 
+@pytest.mark.parametrize(
+    ("backend", "exchange", "recompute", "turns"),
+    [
+        ("torch", "all_gather", "none", 3),
+        ("torch", "all_gather", "full", 4),
+        ("transformer_engine", "all_gather", "selective", 4),
+        # K and V, again, and their gradients in fp32, which also travel home
+        ("torch", "p2p", "none", 1 + 1 + 2 * 4 / 3),
+        ("torch", "p2p", "full", 1 + 1 + 1 + 2 * 4 / 3),
+        ("transformer_engine", "p2p", "none", 3),
+    ],
+)
+def test_exchanges_of_keys_and_values_by_hand(backend, exchange, recompute, turns):
+    """Where attention takes no time to hide behind, four ranks take so many turns of bf16 K and V."""
+    device = replace(IDEAL, attention_flops=1e30, intra_bytes=1e9)
+    kernels = kernels_of(backend, 2, False, exchange)
+    found = rates(MODEL, Layout(cp=4), device, kernels, Load(1, 8192), RecomputeConfig(decoder=recompute))
+    text = MODEL.text
+    turn = 3 / 4 * 2 * text.num_query_groups * text.kv_channels * 2 * 8192 / 1e9
+    assert found.layer.context == pytest.approx(turns * turn)
+
+
 def test_the_pipeline_by_hand():
     total, waiting = pipeline_seconds([2.0] * 4, 4, 8, 0.0)
     assert (total, waiting) == (pytest.approx(2 * (8 + 3)), pytest.approx(2 * 3))

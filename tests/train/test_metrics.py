@@ -1,11 +1,15 @@
 """What a step reports: counted, not estimated; and the same run in several layouts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_vl.plan.cost import sample_flops, tower_and_decoder, train_flops, view_costs
+from megatron_vl.plan.layout import Layout
 from megatron_vl.plan.vision_share import CROP, GLOBAL, share_views
+from megatron_vl.train import metrics
 from megatron_vl.train.console import clock, human
 from megatron_vl.train.metrics import MetricsFile
 from tests.train import on_ranks
@@ -165,3 +169,24 @@ def test_metrics_file_keeps_what_a_resumed_run_does_not_repeat(tmp_path):
     assert read_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
     MetricsFile(path, 0)
     assert path.read_text() == ""
+
+
+def test_what_mfu_is_a_share_of(monkeypatch):
+    """A listed GPU's peak; else a product that fills the device, in the format of its fast units."""
+
+    def peak(device: str, name: str = "") -> float | tuple:
+        monkeypatch.setattr(metrics, "measured_gemm_rate", lambda _, size, dtype: (size, dtype))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        return metrics.device_peak(SimpleNamespace(device=torch.device(device)))
+
+    assert peak("cuda", "NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak("cuda", "NVIDIA L40S") == (8192, torch.bfloat16)
+    assert peak("cpu") == (512, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_measured(monkeypatch, dtype):
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda rate: rate.mul_(4))
+    runtime = SimpleNamespace(device=torch.device("cpu"), layout=Layout(dp=4))
+    assert 1e6 < metrics.measured_gemm_rate(runtime, 64, dtype) < 1e13
